@@ -1,0 +1,383 @@
+"""Everything cryptographic: the key ring, how secrets are made, and how they rest in the database.
+
+The one module that imports hmac, secrets, argon2 and cryptography. It knows nothing of requests and of SQL.
+
+What is stored names its format and the id of its key:
+
+    otl1.<key>.<43 characters>     link: HMAC-SHA-256 over type and secret, base64url
+    otc1.<key>.<PHC string>        code: Argon2id over an HMAC of the code with its type, user and address
+    oth1.<key>.<43 characters>     code, hashed without Argon2: HMAC-SHA-256, over the row's id too
+    ev1.<key>.<128 characters>     email verification token: HMAC-SHA-512 in hex
+    6 digits                       email verification code, sealed: see `seal_code`
+
+The first key of the ring makes; all of them check. From each key, HKDF derives one sub-key a purpose, so that what was
+made for one purpose says nothing in another.
+"""
+
+import base64
+import hmac
+import re
+import secrets
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Final, Self
+
+import argon2
+from argon2.exceptions import HashingError, VerificationError, VerifyMismatchError
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
+
+KEY_BYTES: Final = 32
+MAX_KEYS: Final = 4
+NO_VERDICT: Final = (HashingError, VerificationError, MemoryError)
+"""What hashing or checking a code raises where it could not be done, so that nothing is known of the code."""
+_KEY_ID: Final = re.compile(r"[a-z0-9]{1,16}", re.ASCII)
+_LINK_BYTES: Final = 32
+_EMAIL_TOKEN_BYTES: Final = 96
+_NONCE_BYTES: Final = 12
+EMAIL_CODE_LENGTH: Final = 6
+
+
+def _encode(data: bytes) -> str:
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode("ascii")
+
+
+def _frame(*parts: str | bytes) -> bytes:
+    """Join parts so that no two lists of parts give the same bytes: each is preceded by its length."""
+    encoded = (part.encode() if isinstance(part, str) else part for part in parts)
+    return b"".join(len(part).to_bytes(4, "big") + part for part in encoded)
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Key:
+    """A key of the ring with its derived sub-keys. Its `repr` shows the id only."""
+
+    id: str
+    secret: bytes
+    link: bytes = field(init=False)
+    code: bytes = field(init=False)
+    email_token: bytes = field(init=False)
+    email_code: bytes = field(init=False)
+    fingerprint: bytes = field(init=False)
+    answer: AESGCM = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Check the form, and derive a sub-key for each purpose."""
+        if not _KEY_ID.fullmatch(self.id):
+            # Not quoted: whoever swaps the two words of a line has put the key here.
+            raise ValueError("key id: 1 to 16 characters of a-z and 0-9 are right")
+        if len(self.secret) != KEY_BYTES:
+            raise ValueError(f"key {self.id}: {KEY_BYTES} bytes in base64url (43 characters) are right")
+        for purpose in ("link", "code", "email_token", "email_code", "fingerprint"):
+            object.__setattr__(self, purpose, self._derive(purpose))
+        object.__setattr__(self, "answer", AESGCM(self._derive("answer")))
+
+    def _derive(self, purpose: str) -> bytes:
+        # The ring's keys are uniformly random, so HKDF's extraction step has nothing to add (RFC 5869, 3.3).
+        return HKDFExpand(SHA256(), KEY_BYTES, f"onetime/v1/{purpose}".encode()).derive(self.secret)
+
+    def __repr__(self) -> str:
+        """Name the key without showing it."""
+        return f"Key({self.id!r})"
+
+
+def new_key() -> Key:
+    """Make a key from the system's random source. Its id is random too, so that no two keys ever share one."""
+    return Key("k" + secrets.token_hex(4), secrets.token_bytes(KEY_BYTES))
+
+
+class Keyring:
+    """One to four keys. A class because every operation needs the same keys, and none must be passed around bare."""
+
+    def __init__(self, keys: Iterable[Key]) -> None:
+        """Take the keys, the one that makes first.
+
+        Raises:
+            ValueError: There are none, more than four, or two of one id. The text holds no key.
+        """
+        self.keys = tuple(keys)
+        self._by_id = {key.id: key for key in self.keys}
+        if not 1 <= len(self.keys) <= MAX_KEYS:
+            raise ValueError(f"{len(self.keys)} keys: 1 to {MAX_KEYS} are right")
+        if len(self._by_id) != len(self.keys):
+            raise ValueError("two keys have the same id")
+
+    def __repr__(self) -> str:
+        """Name the keys without showing them."""
+        return f"Keyring({', '.join(self._by_id)})"
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read a ring: a key a line, `<id> <43 characters of base64url>`, the one that makes first; `#` comments.
+
+        Raises:
+            ValueError: With every fault by its line, and no key.
+        """
+        keys: list[Key] = []
+        faults: list[str] = []
+        for number, line in enumerate(text.splitlines(), start=1):
+            words = line.partition("#")[0].split()
+            if not words:
+                continue
+            try:
+                key_id, encoded = words
+                keys.append(Key(key_id, base64.b64decode(encoded + "=", altchars=b"-_", validate=True)))
+            except ValueError as error:
+                # The texts of base64 and of unpacking are not ours, and might one day quote what they read.
+                ours = str(error).startswith("key ")
+                faults.append(f"line {number}: {error if ours else 'an id and 43 characters of base64url are right'}")
+        if faults:
+            raise ValueError("; ".join(faults))
+        return cls(keys)
+
+    def format(self) -> str:
+        """Return the text that `parse` reads. It holds the keys."""
+        return "".join(f"{key.id} {_encode(key.secret)}\n" for key in self.keys)
+
+    @property
+    def _maker(self) -> Key:
+        return self.keys[0]
+
+    # Links
+
+    def link_hash(self, token_type: str, secret: str) -> str:
+        """Return what is stored for a new link."""
+        return _link_hash(self._maker, token_type, secret)
+
+    def link_hashes(self, token_type: str, secret: str) -> list[str]:
+        """Return what may be stored for a presented link, one a key: a link does not name its key."""
+        return [_link_hash(key, token_type, secret) for key in self.keys]
+
+    # Codes of one-time tokens
+
+    def code_hasher(self, parameters: argon2.Parameters | None) -> "CodeHasher":
+        """Return the hasher of codes: Argon2id with these parameters, or HMAC alone if None."""
+        return CodeHasher(self, parameters)
+
+    # Email verifications
+
+    def email_token_hash(self, token: str) -> str:
+        """Return what is stored for a new email verification token: at least 128 characters."""
+        return _email_token_hash(self._maker, token)
+
+    def email_token_hashes(self, token: str) -> list[str]:
+        """Return what may be stored for a presented token, one a key."""
+        return [_email_token_hash(key, token) for key in self.keys]
+
+    def seal_code(self, code: str, *, row_id: uuid.UUID, user_id: uuid.UUID, token_hash: str) -> str:
+        """Hide a 6-digit code in 6 digits: (code + pad) mod 10^6.
+
+        The pad comes from a 256-bit HMAC over the row's id, its user and the whole stored token string, under the key
+        which that string names. So it serves this row and this code only: sealed twice with one pad, two codes would
+        tell their difference.
+        """
+        return f"{(int(code) + self._pad(row_id, user_id, token_hash)) % 10**EMAIL_CODE_LENGTH:06d}"
+
+    def unseal_code(self, sealed: str, *, row_id: uuid.UUID, user_id: uuid.UUID, token_hash: str) -> str:
+        """Return the code that `seal_code` hid.
+
+        Raises:
+            KeyError: The ring no longer has the row's key, or the row is not ours.
+        """
+        pad = self._pad(row_id, user_id, token_hash)
+        if not re.fullmatch("[0-9]{6}", sealed):
+            raise KeyError("not a sealed code")
+        return f"{(int(sealed) - pad) % 10**EMAIL_CODE_LENGTH:06d}"
+
+    def _pad(self, row_id: uuid.UUID, user_id: uuid.UUID, token_hash: str) -> int:
+        # 10^6 does not divide 2^256, but the excess is less than 2^-236.
+        key = self._by_id[_key_id(token_hash, "ev1")]
+        return int.from_bytes(
+            hmac.digest(key.email_code, _frame(row_id.bytes, user_id.bytes, token_hash), "sha256"), "big"
+        )
+
+    # Receipts
+
+    def fingerprint(self, message: bytes) -> str:
+        """Return a keyed digest of a request, by which a retry is told from another request."""
+        return _fingerprint(self._maker, message)
+
+    def same_fingerprint(self, stored: str, message: bytes) -> bool:
+        """Tell whether a stored fingerprint is this request's. Under a retired key nothing is the same."""
+        key = self._by_id.get(stored.partition(".")[0])
+        return key is not None and hmac.compare_digest(_fingerprint(key, message), stored)
+
+    def seal_answer(self, answer: bytes, *, place: str) -> bytes:
+        """Encrypt an answer that is kept for retries, bound to the row that it lies in."""
+        nonce = secrets.token_bytes(_NONCE_BYTES)
+        key = self._maker
+        return key.id.encode() + b"." + nonce + key.answer.encrypt(nonce, answer, _frame("answer", key.id, place))
+
+    def open_answer(self, sealed: bytes, *, place: str) -> bytes:
+        """Return what `seal_answer` hid.
+
+        Raises:
+            KeyError: The ring no longer has its key, or it was not made for this place.
+        """
+        key_id, _, rest = sealed.partition(b".")
+        key = self._by_id[key_id.decode("ascii", "replace")]
+        try:
+            return key.answer.decrypt(rest[:_NONCE_BYTES], rest[_NONCE_BYTES:], _frame("answer", key.id, place))
+        except InvalidTag as error:
+            raise KeyError("not sealed for this place") from error
+
+    def key(self, key_id: str) -> Key:
+        """Return a key by its id, or raise KeyError."""
+        return self._by_id[key_id]
+
+
+def _link_hash(key: Key, token_type: str, secret: str) -> str:
+    return f"otl1.{key.id}.{_encode(hmac.digest(key.link, _frame(token_type, secret), 'sha256'))}"
+
+
+def _email_token_hash(key: Key, token: str) -> str:
+    return f"ev1.{key.id}.{hmac.digest(key.email_token, _frame(token), 'sha512').hex()}"
+
+
+def _fingerprint(key: Key, message: bytes) -> str:
+    return f"{key.id}.{_encode(hmac.digest(key.fingerprint, message, 'sha256'))}"
+
+
+def _key_id(stored: str, form: str) -> str:
+    """Return the key id in a stored secret of this form, or raise KeyError."""
+    found = re.match(rf"{form}\.([a-z0-9]{{1,16}})\.", stored)
+    if found is None:
+        raise KeyError("not a secret of ours")
+    return found[1]
+
+
+# Secrets
+
+
+def new_link_secret() -> str:
+    """Return 256 random bits in base64url: 43 characters."""
+    return _encode(secrets.token_bytes(_LINK_BYTES))
+
+
+def new_email_token() -> str:
+    """Return 768 random bits in base64url: 128 characters, the least that the table takes."""
+    return _encode(secrets.token_bytes(_EMAIL_TOKEN_BYTES))
+
+
+def new_code(length: int) -> str:
+    """Return a uniformly random code of so many decimal digits, leading zeros kept."""
+    return f"{secrets.randbelow(10**length):0{length}d}"
+
+
+def equal(presented: str, stored: str) -> bool:
+    """Compare two ASCII strings in a time that does not tell where they differ."""
+    return hmac.compare_digest(presented, stored)
+
+
+def chance(probability: float) -> bool:
+    """Return true with this probability."""
+    return secrets.randbelow(10**9) < probability * 10**9
+
+
+# Codes of one-time tokens
+
+
+@dataclass(frozen=True, slots=True)
+class CodeSubject:
+    """What a code is good for. Everything here comes from the row, or goes into it."""
+
+    token_id: uuid.UUID
+    token_type: str
+    user_id: uuid.UUID
+    relates_to: str
+
+
+def argon2_parameters(memory_kib: int, time_cost: int, parallelism: int) -> argon2.Parameters:
+    """Return parameters for Argon2id, version 1.3, with a hash of 32 bytes and a salt of 16 (RFC 9106, 4)."""
+    return argon2.Parameters(
+        argon2.Type.ID, argon2.low_level.ARGON2_VERSION, 16, 32, time_cost, memory_kib, parallelism
+    )
+
+
+class CodeHasher:
+    """Hashes and checks codes. A class because it holds the cost parameters beside the ring.
+
+    Its methods are slow on purpose (20 ms and 19 MiB by default): call them off the event loop, few at a time.
+    """
+
+    def __init__(self, ring: Keyring, parameters: argon2.Parameters | None) -> None:
+        """Take the ring, and Argon2's parameters for new codes; without them, new codes get an HMAC only."""
+        self._ring = ring
+        self._parameters = parameters
+        self._hasher = (
+            argon2.PasswordHasher(
+                time_cost=parameters.time_cost,
+                memory_cost=parameters.memory_cost,
+                parallelism=parameters.parallelism,
+            )
+            if parameters
+            else None
+        )
+        # What an unknown subject's code is checked against, so that it takes as long as a wrong one.
+        self._decoy = self._hasher.hash(secrets.token_bytes(_LINK_BYTES)) if self._hasher else None
+
+    @property
+    def slow(self) -> bool:
+        """Whether new codes are hashed with Argon2."""
+        return self._hasher is not None
+
+    def hash(self, code: str, subject: CodeSubject) -> str:
+        """Return what is stored for a new code.
+
+        Raises:
+            NO_VERDICT: Memory ran out.
+        """
+        key = self._ring.keys[0]
+        if self._hasher is None:
+            return f"oth1.{key.id}.{_encode(_code_mac(key, code, subject, with_row=True))}"
+        return f"otc1.{key.id}.{self._hasher.hash(_code_mac(key, code, subject))}"
+
+    def matches(self, code: str, stored: str, subject: CodeSubject) -> bool:
+        """Tell whether a code is the stored one.
+
+        Raises:
+            KeyError: The ring no longer has the row's key, or the row holds no code of ours.
+            NO_VERDICT: It could not be checked, since memory ran out.
+            argon2.exceptions.InvalidHashError: The row is damaged.
+        """
+        if stored.startswith("oth1."):
+            key = self._ring.key(_key_id(stored, "oth1"))
+            expected = stored.rpartition(".")[2]
+            return hmac.compare_digest(_encode(_code_mac(key, code, subject, with_row=True)), expected)
+        key_id = _key_id(stored, "otc1")
+        key = self._ring.key(key_id)
+        phc = stored[len(f"otc1.{key_id}.") :]
+        try:
+            # The parameters come from the hash, so any hasher checks it.
+            return argon2.PasswordHasher().verify(phc, _code_mac(key, code, subject))
+        except VerifyMismatchError:
+            # Its parent VerificationError means "could not check", which must never count as a wrong code.
+            return False
+
+    def pretend(self) -> None:
+        """Do the work of `matches` for a subject that has no code."""
+        if self._decoy is None:
+            return
+        try:
+            argon2.PasswordHasher().verify(self._decoy, secrets.token_bytes(_LINK_BYTES))
+        except VerifyMismatchError:
+            return
+
+
+def is_slow(stored: str) -> bool:
+    """Tell whether a stored code is checked with Argon2, off the event loop."""
+    return stored.startswith("otc1.")
+
+
+def binds_row(stored: str) -> bool:
+    """Tell whether what is stored for a secret depends on its row's id."""
+    return stored.startswith("oth1.")
+
+
+def _code_mac(key: Key, code: str, subject: CodeSubject, *, with_row: bool = False) -> bytes:
+    row = (subject.token_id.bytes,) if with_row else ()
+    parts = (subject.token_type, subject.user_id.bytes, subject.relates_to, code, *row)
+    return hmac.digest(key.code, _frame(*parts), "sha256")

@@ -1,0 +1,109 @@
+"""The fields of requests: what is right, and what to say of what is not.
+
+All faults of a request are collected and told at once. It knows nothing of what a request is for.
+"""
+
+import re
+import unicodedata
+import uuid
+from datetime import timedelta
+from typing import Final
+
+from google.protobuf.duration_pb2 import Duration
+
+from service.errors import InvalidRequest
+
+_UUID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII | re.IGNORECASE)
+_LINK_SECRET: Final = re.compile(r"[A-Za-z0-9_-]{43}", re.ASCII)
+_EMAIL_TOKEN: Final = re.compile(r"[A-Za-z0-9_-]{128}", re.ASCII)
+_ADDRESS_LENGTH: Final = 320
+"""Of an email address: 64 for the local part, one for the @, 255 for the domain (RFC 3696, erratum 1690)."""
+_REFUSED_CATEGORIES: Final = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+"""Unicode's control, format (invisible, or turning the direction), surrogate and line-separating characters."""
+_NIL: Final = uuid.UUID(int=0)
+
+
+class Fields:
+    """Collects what is wrong with one request. A class because every check adds to the same list.
+
+    A check returns the field's value, or a stand-in of the right type; `done` raises if any check failed, so that no
+    stand-in gets past it.
+    """
+
+    def __init__(self) -> None:
+        """Start with no fault."""
+        self.violations: dict[str, str] = {}
+
+    def refuse(self, field: str, right: str) -> None:
+        """Note that a field is wrong, and what would be right. The first word on a field stands."""
+        self.violations.setdefault(field, right)
+
+    def done(self) -> None:
+        """End the checks.
+
+        Raises:
+            InvalidRequest: With every fault.
+        """
+        if self.violations:
+            raise InvalidRequest(self.violations)
+
+    def identifier(self, field: str, value: str) -> uuid.UUID:
+        """Check a UUID in its canonical 36 characters."""
+        if _UUID.fullmatch(value):
+            return uuid.UUID(value)
+        self.refuse(field, "a UUID in its canonical 36 characters is required")
+        return _NIL
+
+    def request_id(self, value: str) -> uuid.UUID | None:
+        """Check a request_id, which may be left out."""
+        if not value:
+            return None
+        if _UUID.fullmatch(value):
+            return uuid.UUID(value)
+        self.refuse("request_id", "a UUID in its canonical 36 characters, or nothing, is right")
+        return None
+
+    def code(self, field: str, value: str, *, shortest: int, longest: int) -> str:
+        """Check a code: ASCII digits only. `str.isdigit` and `int` take the digits of other scripts too."""
+        if not re.fullmatch(f"[0-9]{{{shortest},{longest}}}", value):
+            length = f"{shortest}" if shortest == longest else f"{shortest} to {longest}"
+            self.refuse(field, f"{length} ASCII digits are required")
+        return value
+
+    def link_secret(self, field: str, value: str) -> str:
+        """Check the secret of a link."""
+        if not _LINK_SECRET.fullmatch(value):
+            self.refuse(field, "43 characters of base64url, as IssueToken returned them, are required")
+        return value
+
+    def email_token(self, field: str, value: str) -> str:
+        """Check an email verification token."""
+        if not _EMAIL_TOKEN.fullmatch(value):
+            self.refuse(field, "128 characters of base64url, as StartEmailVerification returned them, are required")
+        return value
+
+    def address(self, field: str, value: str) -> str:
+        """Check an address and return its normal form: trimmed, NFC, lower-cased."""
+        normal = unicodedata.normalize("NFC", value.strip())
+        if unicodedata.normalize("NFKC", normal) != normal:
+            # U+FF20 would become a second @, U+017F an s: two addresses that a later step takes for one.
+            self.refuse(field, "an address whose characters NFKC leaves as they are is required")
+        # Lower-casing may take a string out of NFC; the normal form of a normal form must be itself.
+        normal = unicodedata.normalize("NFC", normal.lower())
+        if not 1 <= len(normal) <= _ADDRESS_LENGTH:
+            self.refuse(field, f"an address of 1 to {_ADDRESS_LENGTH} characters is required")
+        if any(unicodedata.category(character) in _REFUSED_CATEGORIES for character in normal):
+            self.refuse(field, "an address without control characters is required")
+        return normal
+
+    def ttl(self, value: Duration | None, *, default: timedelta, ceiling: timedelta) -> timedelta:
+        """Check a lifetime, which may be left out."""
+        if value is None:
+            return default
+        # In nanoseconds and in integers: neither a float's rounding nor a huge number may slip past.
+        nanoseconds = value.seconds * 10**9 + value.nanos
+        well_formed = abs(value.nanos) < 10**9 and value.seconds * value.nanos >= 0
+        if not well_formed or not 10**9 <= nanoseconds <= round(ceiling.total_seconds()) * 10**9:
+            self.refuse("ttl", f"1 s to {round(ceiling.total_seconds())} s, or nothing, is right")
+            return default
+        return timedelta(microseconds=nanoseconds // 1000)
