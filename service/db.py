@@ -1,0 +1,296 @@
+"""The database: its pool, its transactions, its statements, and what its errors mean.
+
+Every connection is in autocommit mode and in UTC. The driver's errors end here: what leaves this module is one of
+`service.errors`, without the driver's text.
+
+It knows nothing of tokens.
+"""
+
+import asyncio
+import contextlib
+import logging
+import re
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from importlib import resources
+from typing import Any, Final, TypeVar
+
+import psycopg
+from psycopg.rows import DictRow, dict_row
+from psycopg_pool import AsyncConnectionPool, PoolTimeout, TooManyRequests
+
+from service.errors import DatabaseUnavailable, OnetimeError, OutcomeUnknown
+
+Connection = psycopg.AsyncConnection[DictRow]
+Params = Mapping[str, object]
+T = TypeVar("T")
+
+LOCK_TIMEOUT_MS: Final = 2_000
+"""A row lock is held for milliseconds. Less than the statement's time, so that the error names the cause."""
+
+STATEMENT_TIMEOUT_MS: Final = 4_000
+"""Less than the server's cap on a call (5 s), so that the database gives up first."""
+
+IDLE_IN_TRANSACTION_TIMEOUT_MS: Final = 10_000
+"""Ends the transaction of a process that was stopped in its middle, and with it its locks."""
+
+POOL_TIMEOUT_S: Final = 2.0
+"""How long a call waits for a free connection."""
+
+CONNECT_TIMEOUT_S: Final = 3
+
+
+def load_queries(stem: str) -> Mapping[str, str]:
+    """Return the named statements of `service/sql/<stem>.sql`.
+
+    A statement starts at a line `-- name: its_name`, and goes up to the next such line. Its comments go along: they
+    are read in the server's log too.
+    """
+    text = resources.files("service").joinpath("sql", f"{stem}.sql").read_text("utf-8")
+    blocks = re.split(r"^-- name: (\w+)\n", text, flags=re.MULTILINE)[1:]
+    names = blocks[::2]
+    if len(set(names)) != len(names):
+        raise ValueError(f"{stem}.sql: two statements have the same name")
+    return dict(zip(names, (block.strip() for block in blocks[1::2]), strict=True))
+
+
+_LOG = logging.getLogger(__name__)
+_QUERIES = load_queries("db")
+
+CHARGE_NOBODY: Final[tuple[str, Params]] = (_QUERIES["charge_nobody"], {})
+"""The statement that costs as much as counting a wrong guess, where there is nothing to count on."""
+
+
+class Transaction:
+    """One transaction on one connection. A class because only it knows whether a lost connection leaves doubt."""
+
+    def __init__(self, connection: Connection) -> None:
+        """Take a connection in autocommit mode, on which BEGIN has not been sent yet."""
+        self._connection = connection
+        self.begun = False
+        self._doubt = False
+        self.committed = False
+
+    async def fetch(self, query: str, params: Params) -> list[DictRow]:
+        """Run a statement in this transaction, and return its rows."""
+        return (await self.fetch_all((query, params)))[0]
+
+    async def fetch_all(self, *statements: tuple[str, Params]) -> list[list[DictRow]]:
+        """Run statements in one trip, and return the rows of each."""
+        return await self._trip(statements, commit=False)
+
+    async def read(self, query: str, params: Params) -> list[DictRow]:
+        """Run a statement that only reads, outside of any transaction block, and return its rows."""
+        return await (await self._connection.execute(query, params)).fetchall()
+
+    async def commit(self, *statements: tuple[str, Params]) -> list[list[DictRow]]:
+        """Run statements and COMMIT in one trip, and return their rows. What was asked for is then on disk.
+
+        Raises:
+            OutcomeUnknown: The connection was lost, or a standby did not confirm, after COMMIT was sent.
+        """
+        warnings: list[str] = []
+
+        def heed(diagnostic: psycopg.errors.Diagnostic) -> None:
+            if diagnostic.severity_nonlocalized == "WARNING":
+                warnings.append(diagnostic.sqlstate or "")
+
+        self._connection.add_notice_handler(heed)
+        # From here on the server may have committed, whatever we hear of it.
+        self._doubt = True
+        try:
+            rows = await self._trip(statements, commit=True)
+        except psycopg.Error as error:
+            if not _connection_lost(error, self._connection):
+                # The server told which statement failed, so COMMIT became a rollback.
+                self._doubt = False
+            raise
+        finally:
+            self._connection.remove_notice_handler(heed)
+        if warnings:
+            # The only warning that COMMIT gives: it stopped waiting for a synchronous standby.
+            raise OutcomeUnknown
+        self.committed = True
+        return rows
+
+    async def _trip(self, statements: Sequence[tuple[str, Params]], *, commit: bool) -> list[list[DictRow]]:
+        begin = not self.begun
+        self.begun = True
+        async with self._connection.pipeline():
+            if begin:
+                await self._connection.execute("BEGIN")
+            cursors = [await self._connection.execute(query, params) for query, params in statements]
+            if commit:
+                await self._connection.execute("COMMIT")
+        # Fetched after the pipeline's end: a fetch inside it would be a trip of its own.
+        return [await cursor.fetchall() if cursor.description else [] for cursor in cursors]
+
+    @property
+    def in_doubt(self) -> bool:
+        """Whether COMMIT was sent and its outcome not heard."""
+        return self._doubt and not self.committed
+
+
+def _connection_lost(error: psycopg.Error, connection: Connection) -> bool:
+    """Tell whether the connection, rather than the statement, is at fault."""
+    return connection.broken or connection.closed or (error.sqlstate or "").startswith(("57P", "08"))
+
+
+class Database:
+    """The pool, and the tasks that no caller can cancel. A class because both live as long as the server."""
+
+    def __init__(self, url: str, *, pool_size: int, after_write: Callable[[], None] = lambda: None) -> None:
+        """Describe the pool; `open` fills it. `after_write` is called after each success of `run`."""
+        self._after_write = after_write
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self.pool: AsyncConnectionPool[Connection] = AsyncConnectionPool(
+            url,
+            min_size=pool_size,
+            max_size=pool_size,
+            open=False,
+            timeout=POOL_TIMEOUT_S,
+            configure=_configure,
+            # No check= here: after a restart of the server it sleeps for every stale connection. See `_transact`.
+            kwargs={
+                "autocommit": True,
+                "row_factory": dict_row,
+                "connect_timeout": CONNECT_TIMEOUT_S,
+                "application_name": "onetime",
+                "keepalives_idle": 30,
+                "keepalives_interval": 5,
+                "keepalives_count": 3,
+                "tcp_user_timeout": 10_000,
+                "target_session_attrs": "read-write",
+            },
+            name="onetime",
+        )
+
+    async def open(self) -> None:
+        """Start to fill the pool. Returns before it is full: health tells when the database answers."""
+        await self.pool.open(wait=False)
+
+    async def close(self) -> None:
+        """Wait for the transactions under way, then close the pool."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+        await self.pool.close()
+
+    async def run(self, work: Callable[[Transaction], Awaitable[T]]) -> T:
+        """Run work in a transaction that a caller who hangs up cannot undo.
+
+        `work` decides: it ends with `commit`, or leaves the transaction to be rolled back by raising or by returning
+        without. It is called once more, on a new connection, if the first was lost before anything was sent to be
+        committed.
+
+        Raises:
+            DatabaseUnavailable: Nothing happened.
+            OutcomeUnknown: Nobody can know whether it happened.
+        """
+        result = await self.protect(self._transact(work))
+        self._after_write()
+        return result
+
+    async def run_in_passing(self, work: Callable[[Transaction], Awaitable[T]]) -> T:
+        """As `run`, for work that no caller asked for: it counts as no write."""
+        return await self.protect(self._transact(work))
+
+    def busy(self) -> bool:
+        """Tell whether calls wait for a connection, or all connections are in use."""
+        stats = self.pool.get_stats()
+        return stats.get("requests_waiting", 0) > 0 or stats.get("pool_available", 0) == 0
+
+    async def ping(self) -> bool:
+        """Tell whether the database answers and takes writes.
+
+        Raises:
+            DatabaseUnavailable: It does not answer.
+        """
+        (row,) = await self.fetch(_QUERIES["ping"], {})
+        return bool(row["writable"])
+
+    async def protect(self, work: Coroutine[Any, Any, T]) -> T:
+        """Let work go on to its end, even if the caller of this is cancelled.
+
+        Otherwise a caller could see that a guess is wrong by the time it takes, hang up before it is counted, and
+        guess for ever.
+        """
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            task.add_done_callback(_log_unheard)
+            raise
+
+    async def _transact(self, work: Callable[[Transaction], Awaitable[T]]) -> T:
+        try:
+            return await self._attempt(work)
+        except _LostBeforeCommitError:
+            # The database was restarted: every connection of the pool is as stale as this one.
+            await self.pool.drain()
+        try:
+            return await self._attempt(work)
+        except _LostBeforeCommitError as error:
+            raise DatabaseUnavailable from error
+
+    async def _attempt(self, work: Callable[[Transaction], Awaitable[T]]) -> T:
+        try:
+            async with self.pool.connection() as connection:
+                transaction = Transaction(connection)
+                try:
+                    return await work(transaction)
+                except psycopg.Error as error:
+                    raise _translated(error, transaction, connection) from error
+                finally:
+                    if transaction.begun and not transaction.committed:
+                        with contextlib.suppress(psycopg.Error):
+                            await connection.execute("ROLLBACK")
+        except (PoolTimeout, TooManyRequests) as error:
+            raise DatabaseUnavailable from error
+
+    async def fetch(self, query: str, params: Params) -> list[DictRow]:
+        """Run a statement that only reads, and return its rows.
+
+        Raises:
+            DatabaseUnavailable: The database did not answer.
+        """
+
+        async def read(transaction: Transaction) -> list[DictRow]:
+            return await transaction.read(query, params)
+
+        return await self._transact(read)
+
+
+def _log_unheard(task: asyncio.Task[Any]) -> None:
+    """Log a bug in work whose caller has gone; nobody else will ask for its outcome."""
+    error = None if task.cancelled() else task.exception()
+    if error is not None and not isinstance(error, OnetimeError):
+        _LOG.error("work of a cancelled call failed", exc_info=error)
+
+
+class _LostBeforeCommitError(Exception):
+    """The connection was lost, and nothing was sent to be committed: the work can be done again."""
+
+
+def _translated(error: psycopg.Error, transaction: Transaction, connection: Connection) -> Exception:
+    """Return what a driver's error means. Errors that are bugs of ours are returned as they are."""
+    if transaction.in_doubt:
+        return OutcomeUnknown()
+    if _connection_lost(error, connection):
+        return _LostBeforeCommitError()
+    if isinstance(error, psycopg.OperationalError | psycopg.errors.ReadOnlySqlTransaction):
+        # Timeouts of a lock or a statement, a full disk, a standby: the statement failed whole.
+        return DatabaseUnavailable()
+    return error
+
+
+async def _configure(connection: Connection) -> None:
+    """Set what every statement relies on. Not in the connection string: poolers refuse start-up options."""
+    await connection.execute(
+        _QUERIES["configure_session"],
+        {
+            "statement_timeout": str(STATEMENT_TIMEOUT_MS),
+            "lock_timeout": str(LOCK_TIMEOUT_MS),
+            "idle_timeout": str(IDLE_IN_TRANSACTION_TIMEOUT_MS),
+        },
+    )

@@ -1,0 +1,360 @@
+"""EmailVerificationService: a long token for the frontend and a 6-digit code by mail, both needed.
+
+The use cases, from a checked request to the statements of `sql/email_verification.sql`. Who calls and how errors travel
+is the interceptors' business.
+
+A code is compared while its row is locked, and the verdict is committed before anybody hears it, in a transaction that
+no caller can cancel: so no more than `max_attempts` wrong codes are ever compared, however many arrive at once.
+"""
+
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from typing import Any, Final
+
+import grpc.aio
+from onetime.v1 import email_verification_pb2 as pb
+from onetime.v1 import email_verification_pb2_grpc as pb_grpc
+from psycopg.errors import ForeignKeyViolation
+
+from service.call import current_call
+from service.config import Settings
+from service.crypto import EMAIL_CODE_LENGTH, Keyring, equal, new_code, new_email_token
+from service.db import CHARGE_NOBODY, Database, Params, Transaction, load_queries
+from service.errors import (
+    AttemptsExhausted,
+    CodeMismatch,
+    CredentialError,
+    MailNotConfigured,
+    TokenCancelled,
+    TokenExpired,
+    TokenNotFound,
+    TokenUsed,
+    UserNotFound,
+)
+from service.fields import Fields
+from service.receipts import Intent
+
+_QUERIES = load_queries("email_verification")
+
+Context = grpc.aio.ServicerContext[Any, Any]
+Row = Mapping[str, Any]
+
+_REFUSALS: Final[Mapping[pb.State.ValueType, type[CredentialError]]] = {
+    pb.STATE_USED: TokenUsed,
+    pb.STATE_CANCELLED: TokenCancelled,
+    pb.STATE_EXPIRED: TokenExpired,
+    pb.STATE_LOCKED: AttemptsExhausted,
+}
+"""What a verification that is not pending answers."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Key:
+    """Which verification is meant: by its id, or by what may be stored for its token."""
+
+    id: uuid.UUID | None
+    token_hashes: Sequence[str]
+
+    def params(self) -> Params:
+        """Return the parameters of `find_verifications` and `lock_verifications`."""
+        if self.id:
+            return {"ords": [1], "ids": [self.id], "token_hashes": [None]}
+        return {
+            "ords": [1] * len(self.token_hashes),
+            "ids": [None] * len(self.token_hashes),
+            "token_hashes": self.token_hashes,
+        }
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class _NewVerification:
+    """What StartEmailVerification is about to store, and the secrets that it will return."""
+
+    id: uuid.UUID
+    user_id: uuid.UUID
+    ttl: timedelta
+    token: str
+    token_hash: str
+    code: str
+
+
+class EmailVerifications(pb_grpc.EmailVerificationServiceServicer):
+    """The servicer. See the proto for what each rpc promises."""
+
+    def __init__(self, settings: Settings, database: Database, ring: Keyring, *, adds_users: bool) -> None:
+        """Take what the calls share. `adds_users`: public.users is our own, so that unknown users are added to it."""
+        self._settings = settings
+        self._database = database
+        self._ring = ring
+        self._adds_users = adds_users
+
+    async def StartEmailVerification(
+        self, request: pb.StartEmailVerificationRequest, context: Context
+    ) -> pb.StartEmailVerificationResponse:
+        """Make a token and a code."""
+        del context
+        fields = Fields()
+        user_id = fields.identifier("user_id", request.user_id)
+        delivery = request.WhichOneof("delivery")
+        if delivery is None:
+            fields.refuse("delivery", "return_code or send_email is required")
+        if delivery == "send_email":
+            fields.address("send_email.email", request.send_email.email)
+        lifetime, ceiling = self._settings.lifetime("email_verification")
+        ttl = fields.ttl(request.ttl if request.HasField("ttl") else None, default=lifetime, ceiling=ceiling)
+        request_id = fields.request_id(request.request_id)
+        fields.done()
+        if delivery == "send_email":
+            raise MailNotConfigured
+
+        token = new_email_token()
+        new = _NewVerification(
+            id=uuid.uuid4(),
+            user_id=user_id,
+            ttl=ttl,
+            token=token,
+            token_hash=self._ring.email_token_hash(token),
+            code=new_code(EMAIL_CODE_LENGTH),
+        )
+        return await self._database.run(partial(self._start, Intent.of(self._ring, request, request_id), new))
+
+    async def _start(
+        self, intent: Intent, new: _NewVerification, transaction: Transaction
+    ) -> pb.StartEmailVerificationResponse:
+        earlier = await intent.claim(transaction)
+        if earlier:
+            return await self._restart(earlier.row_id, new, transaction)
+        params: Params = {
+            "ids": [new.id],
+            "user_ids": [new.user_id],
+            "token_hashes": [new.token_hash],
+            "sealed_codes": [self._seal(new.code, new.id, new.user_id, new.token_hash)],
+            "ttls": [new.ttl.total_seconds()],
+            "callers": [intent.caller],
+            "deliveries": ["return_code"],
+        }
+        statements: list[tuple[str, Params]] = [(_QUERIES["start_verifications"], params)]
+        if self._adds_users:
+            statements.insert(0, (_QUERIES["add_users"], {"user_ids": [new.user_id]}))
+        try:
+            *_, rows = await transaction.fetch_all(*statements)
+        except ForeignKeyViolation:
+            # The host deleted the user between our look and the foreign key's.
+            rows = []
+        if not rows:
+            raise UserNotFound
+        await transaction.commit(*intent.settle(new.id))
+        return pb.StartEmailVerificationResponse(
+            verification=self._verification(rows[0]), email_verification_token=new.token, code=new.code
+        )
+
+    async def _restart(
+        self, row_id: uuid.UUID, new: _NewVerification, transaction: Transaction
+    ) -> pb.StartEmailVerificationResponse:
+        """Give the verification of an earlier try the token of this one, if it is still pending. Its code stays."""
+        row = await self._lock(_Key(row_id, ()), transaction)
+        self._refuse_unless_pending(row)
+        code = self._unseal(row)
+        params: Params = {
+            "ids": [row_id],
+            "old_hashes": [row["token_hash"]],
+            "token_hashes": [new.token_hash],
+            "sealed_codes": [self._seal(code, row_id, row["user_id"], new.token_hash)],
+        }
+        rows, *_ = await transaction.commit((_QUERIES["refresh_verifications"], params))
+        return pb.StartEmailVerificationResponse(
+            verification=self._verification({**row, **rows[0]}), email_verification_token=new.token, code=code
+        )
+
+    async def VerifyCode(self, request: pb.VerifyCodeRequest, context: Context) -> pb.VerifyCodeResponse:
+        """Accept token and code once."""
+        del context
+        fields = Fields()
+        key = self._token_key(fields, request.email_verification_token)
+        code = fields.code("code", request.code, shortest=EMAIL_CODE_LENGTH, longest=EMAIL_CODE_LENGTH)
+        request_id = fields.request_id(request.request_id)
+        fields.done()
+
+        intent = Intent.of(self._ring, request, request_id)
+        row = await self._database.run(partial(self._verify, intent, key, code))
+        return pb.VerifyCodeResponse(verification=self._verification(row))
+
+    async def _verify(self, intent: Intent, key: _Key, code: str, transaction: Transaction) -> Row:
+        earlier = await intent.claim(transaction)
+        if earlier:
+            # The first try was right: a wrong one's answer is kept, and raised by claim. A used row stays as it is.
+            return _only(await transaction.fetch(_QUERIES["find_verifications"], _Key(earlier.row_id, ()).params()))
+        try:
+            row = await self._lock(key, transaction)
+            right_code = self._unseal(row)
+        except TokenNotFound:
+            await transaction.commit(CHARGE_NOBODY, *intent.drop())
+            raise
+        self._refuse_unless_pending(row)
+        if not equal(code, right_code):
+            mismatch = CodeMismatch(self._attempts_remaining(row) - 1)
+            charge: tuple[str, Params] = (_QUERIES["charge_verifications"], {"token_hashes": [row["token_hash"]]})
+            await transaction.commit(charge, *intent.settle(row["id"], mismatch))
+            raise mismatch
+        use: tuple[str, Params] = (_QUERIES["use_verifications"], {"ids": [row["id"]]})
+        rows, *_ = await transaction.commit(use, *intent.settle(row["id"]))
+        if not rows:
+            # It expired between the lock and the update.
+            raise TokenExpired
+        return {**row, **rows[0]}
+
+    async def ResendCode(self, request: pb.ResendCodeRequest, context: Context) -> pb.ResendCodeResponse:
+        """Send the same code again."""
+        del context
+        fields = Fields()
+        key = self._token_key(fields, request.email_verification_token)
+        request_id = fields.request_id(request.request_id)
+        fields.done()
+
+        intent = Intent.of(self._ring, request, request_id)
+        return await self._database.run(partial(self._resend, intent, key))
+
+    async def _resend(self, intent: Intent, key: _Key, transaction: Transaction) -> pb.ResendCodeResponse:
+        await intent.claim(transaction)
+        row = await self._lock(key, transaction)
+        self._refuse_unless_pending(row)
+        response = pb.ResendCodeResponse(verification=self._verification(row))
+        # The frontend's token travels through browsers: it alone must never be worth the code.
+        if row["delivery"] == "return_code" and row["caller"] == current_call.get().caller:
+            response.code = self._unseal(row)
+        await transaction.commit(*intent.settle(row["id"]))
+        return response
+
+    async def MarkCodeSent(self, request: pb.MarkCodeSentRequest, context: Context) -> pb.MarkCodeSentResponse:
+        """Record that the caller has mailed the code."""
+        del context
+        fields = Fields()
+        key = _Key(fields.identifier("id", request.id), ())
+        fields.done()
+
+        row = await self._database.run(partial(self._mark_code_sent, key))
+        return pb.MarkCodeSentResponse(verification=self._verification(row))
+
+    async def _mark_code_sent(self, key: _Key, transaction: Transaction) -> Row:
+        row = await self._lock(key, transaction)
+        self._refuse_unless_pending(row)
+        if row["code_sent"]:
+            return row
+        rows, *_ = await transaction.commit((_QUERIES["mark_codes_sent"], {"ids": [row["id"]]}))
+        return {**row, **rows[0]}
+
+    async def GetEmailVerification(
+        self, request: pb.GetEmailVerificationRequest, context: Context
+    ) -> pb.GetEmailVerificationResponse:
+        """Tell how a verification stands."""
+        del context
+        key = self._key(request)
+        row = _only(await self._database.fetch(_QUERIES["find_verifications"], key.params()))
+        return pb.GetEmailVerificationResponse(verification=self._verification(row))
+
+    async def CancelEmailVerification(
+        self, request: pb.CancelEmailVerificationRequest, context: Context
+    ) -> pb.CancelEmailVerificationResponse:
+        """Make a verification worthless."""
+        del context
+        row = await self._database.run(partial(self._cancel, self._key(request)))
+        return pb.CancelEmailVerificationResponse(verification=self._verification(row))
+
+    async def _cancel(self, key: _Key, transaction: Transaction) -> Row:
+        row = await self._lock(key, transaction)
+        if row["used_at"] is not None:
+            raise TokenUsed
+        if row["deleted_at"] is not None:
+            return row
+        rows, *_ = await transaction.commit((_QUERIES["cancel_verifications"], {"ids": [row["id"]]}))
+        return {**row, **rows[0]}
+
+    async def _lock(self, key: _Key, transaction: Transaction) -> Row:
+        """Lock a verification until the end of the transaction.
+
+        Raises:
+            TokenNotFound: There is none.
+        """
+        row = _only(await transaction.fetch(_QUERIES["lock_verifications"], key.params()))
+        if not key.id and row["token_hash"] not in key.token_hashes:
+            # While this call waited for the lock, a retry of StartEmailVerification replaced the token.
+            raise TokenNotFound
+        return row
+
+    def _key(self, request: pb.GetEmailVerificationRequest | pb.CancelEmailVerificationRequest) -> _Key:
+        """Return which verification a request means, by id or by token."""
+        fields = Fields()
+        match request.WhichOneof("key"):
+            case "id":
+                key = _Key(fields.identifier("id", request.id), ())
+            case "email_verification_token":
+                key = self._token_key(fields, request.email_verification_token)
+            case _:
+                fields.refuse("key", "id or email_verification_token is required")
+                key = _Key(None, ())
+        fields.done()
+        return key
+
+    def _token_key(self, fields: Fields, token: str) -> _Key:
+        return _Key(None, self._ring.email_token_hashes(fields.email_token("email_verification_token", token)))
+
+    def _seal(self, code: str, row_id: uuid.UUID, user_id: uuid.UUID, token_hash: str) -> str:
+        return self._ring.seal_code(code, row_id=row_id, user_id=user_id, token_hash=token_hash)
+
+    def _unseal(self, row: Row) -> str:
+        """Return the code of a verification.
+
+        Raises:
+            TokenNotFound: Its key has been retired.
+        """
+        try:
+            return self._ring.unseal_code(
+                row["sealed_code"], row_id=row["id"], user_id=row["user_id"], token_hash=row["token_hash"]
+            )
+        except KeyError as error:
+            raise TokenNotFound from error
+
+    def _attempts_remaining(self, row: Row) -> int:
+        failed_attempts: int = row["failed_attempts"]
+        return max(self._settings.max_attempts - failed_attempts, 0)
+
+    def _state(self, row: Row) -> pb.State.ValueType:
+        """Return how a verification stands; where several states hold, the first in the documented order."""
+        if row["used_at"] is not None:
+            return pb.STATE_USED
+        if row["deleted_at"] is not None:
+            return pb.STATE_CANCELLED
+        if row["expired"]:
+            return pb.STATE_EXPIRED
+        if not self._attempts_remaining(row):
+            return pb.STATE_LOCKED
+        return pb.STATE_PENDING
+
+    def _refuse_unless_pending(self, row: Row) -> None:
+        refusal = _REFUSALS.get(self._state(row))
+        if refusal:
+            raise refusal
+
+    def _verification(self, row: Row) -> pb.EmailVerification:
+        return pb.EmailVerification(
+            id=str(row["id"]),
+            user_id=str(row["user_id"]),
+            state=self._state(row),
+            code_sent=row["code_sent"],
+            create_time=row["created_at"],
+            update_time=row["updated_at"],
+            expire_time=row["expires_at"],
+            use_time=row["used_at"],
+            delete_time=row["deleted_at"],
+            attempts_remaining=self._attempts_remaining(row),
+        )
+
+
+def _only(rows: Sequence[Row]) -> Row:
+    """Return the row of the one element that was asked for."""
+    if not rows:
+        raise TokenNotFound
+    return rows[0]

@@ -1,0 +1,416 @@
+"""OneTimeTokenService: tokens that are good for one purpose, one user and one use.
+
+The use cases, from a checked request to the statements of `sql/one_time_tokens.sql`. Who calls and how errors travel
+is the interceptors' business.
+
+A link is found by its digest, and spent in one statement. A code is short, so its guesses are counted: an attempt is
+charged and committed *before* the code is compared, and given back if the code is right. Between the two no connection
+and no lock is held, since Argon2 is slow.
+"""
+
+import uuid
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from functools import partial
+from typing import Any, Final
+
+import grpc.aio
+from onetime.v1 import one_time_tokens_pb2 as pb
+from onetime.v1 import one_time_tokens_pb2_grpc as pb_grpc
+from psycopg.errors import ForeignKeyViolation
+
+from service.config import Settings
+from service.crypto import CodeHasher, CodeSubject, Keyring, binds_row, is_slow, new_code, new_link_secret
+from service.db import CHARGE_NOBODY, Database, Params, Transaction, load_queries
+from service.errors import (
+    AttemptsExhausted,
+    CodeMismatch,
+    TokenExpired,
+    TokenNotFound,
+    UserNotFound,
+)
+from service.fields import Fields
+from service.hashing import Hashing
+from service.receipts import Intent
+
+_QUERIES = load_queries("one_time_tokens")
+
+Context = grpc.aio.ServicerContext[Any, Any]
+Row = Mapping[str, Any]
+
+STORED_TYPES: Final = {
+    pb.TOKEN_TYPE_CONFIRMATION: "confirmation_token",
+    pb.TOKEN_TYPE_REAUTHENTICATION: "reauthentication_token",
+    pb.TOKEN_TYPE_RECOVERY: "recovery_token",
+    pb.TOKEN_TYPE_EMAIL_CHANGE_NEW: "email_change_token_new",
+    pb.TOKEN_TYPE_EMAIL_CHANGE_CURRENT: "email_change_token_current",
+    pb.TOKEN_TYPE_PHONE_CHANGE: "phone_change_token",
+}
+"""The labels of auth.one_time_token_type."""
+
+_MESSAGE_TYPES: Final = {stored: token_type for token_type, stored in STORED_TYPES.items()}
+
+_USER_ONLY_TYPES: Final = (pb.TOKEN_TYPE_EMAIL_CHANGE_NEW, pb.TOKEN_TYPE_PHONE_CHANGE)
+"""The address of these is one that the user only claims: anybody may have claimed it."""
+
+SHORTEST_CODE: Final = 6
+LONGEST_CODE: Final = 10
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class _LinkCredential:
+    token_type: str
+    secret: str
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class _CodeCredential:
+    token_type: str
+    user_id: uuid.UUID | None
+    relates_to: str | None
+    code: str
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class _NewToken:
+    """What IssueToken is about to store, and the secret that it will return."""
+
+    subject: CodeSubject
+    ttl: timedelta
+    secret: str
+    token_hash: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Judged:
+    """A token on which an attempt is charged; or the answer that this call got before, and no token."""
+
+    row: Row
+    earlier_answer: bytes | None = None
+
+
+class OneTimeTokens(pb_grpc.OneTimeTokenServiceServicer):
+    """The servicer. See the proto for what each rpc promises."""
+
+    def __init__(
+        self, settings: Settings, database: Database, ring: Keyring, hasher: CodeHasher, hashing: Hashing
+    ) -> None:
+        """Take what the calls share."""
+        self._settings = settings
+        self._database = database
+        self._ring = ring
+        self._hasher = hasher
+        self._hashing = hashing
+
+    async def IssueToken(self, request: pb.IssueTokenRequest, context: Context) -> pb.IssueTokenResponse:
+        """Make a token."""
+        del context
+        fields = Fields()
+        user_id = fields.identifier("user_id", request.user_id)
+        token_type = _stored_type(fields, "token_type", request.token_type)
+        relates_to = fields.address("relates_to", request.relates_to)
+        code_length = _code_length(fields, request)
+        lifetime, ceiling = self._settings.lifetime(token_type)
+        ttl = fields.ttl(request.ttl if request.HasField("ttl") else None, default=lifetime, ceiling=ceiling)
+        request_id = fields.request_id(request.request_id)
+        fields.done()
+
+        subject = CodeSubject(uuid.uuid4(), token_type, user_id, relates_to)
+        if code_length:
+            secret = new_code(code_length)
+            if self._hasher.slow:
+                with self._hashing.place():
+                    token_hash = await self._hashing.run(partial(self._hasher.hash, secret, subject))
+            else:
+                token_hash = self._hasher.hash(secret, subject)
+        else:
+            secret = new_link_secret()
+            token_hash = self._ring.link_hash(token_type, secret)
+        token = _NewToken(subject, ttl, secret, token_hash)
+        intent = Intent.of(self._ring, request, request_id)
+        row = await self._database.run(partial(self._issue, intent, token))
+        return pb.IssueTokenResponse(token=self._token(row, row["failed_attempts"]), secret=secret)
+
+    async def _issue(self, intent: Intent, token: _NewToken, transaction: Transaction) -> Row:
+        earlier = await intent.claim(transaction)
+        if earlier:
+            return await self._reissue(earlier.row_id, token, transaction)
+        subject = token.subject
+        params: Params = {
+            "ids": [subject.token_id],
+            "user_ids": [subject.user_id],
+            "token_types": [subject.token_type],
+            "token_hashes": [token.token_hash],
+            "relates_to": [subject.relates_to],
+            "ttls": [token.ttl.total_seconds()],
+            "callers": [intent.caller],
+        }
+        try:
+            rows, *_ = await transaction.commit((_QUERIES["issue_tokens"], params), *intent.settle(subject.token_id))
+        except ForeignKeyViolation as error:
+            # A table that was adopted may have a foreign key onto its host's users.
+            raise UserNotFound from error
+        return rows[0]
+
+    async def _reissue(self, token_id: uuid.UUID, token: _NewToken, transaction: Transaction) -> Row:
+        """Give the token of an earlier try the secret of this one, if it is still live."""
+        token_hash = token.token_hash
+        if binds_row(token_hash):
+            token_hash = self._hasher.hash(token.secret, replace(token.subject, token_id=token_id))
+        params: Params = {"ids": [token_id], "token_hashes": [token_hash]}
+        row = _only(await transaction.fetch(_QUERIES["refresh_tokens"], params))
+        if row["expired"]:
+            raise TokenExpired
+        if row["failed_attempts"] >= self._settings.max_attempts:
+            raise AttemptsExhausted
+        await transaction.commit()
+        return row
+
+    async def CheckToken(self, request: pb.CheckTokenRequest, context: Context) -> pb.CheckTokenResponse:
+        """Tell whether a credential would be accepted, without spending it."""
+        del context
+        fields = Fields()
+        credential = _credential(fields, request)
+        fields.done()
+
+        if isinstance(credential, _LinkCredential):
+            row = _only(await self._database.fetch(_QUERIES["find_links"], self._link_params(credential)))
+            if row["expired"]:
+                raise TokenExpired
+        else:
+            row = await self._database.protect(self._check_code(Intent.of(self._ring, request, None), credential))
+        return pb.CheckTokenResponse(token=self._token(row, row["failed_attempts"]))
+
+    async def ConsumeToken(self, request: pb.ConsumeTokenRequest, context: Context) -> pb.ConsumeTokenResponse:
+        """Accept a credential once."""
+        del context
+        fields = Fields()
+        credential = _credential(fields, request)
+        request_id = fields.request_id(request.request_id)
+        fields.done()
+
+        intent = Intent.of(self._ring, request, request_id)
+        if isinstance(credential, _LinkCredential):
+            return await self._database.run(partial(self._consume_link, intent, credential))
+        return await self._database.protect(self._consume_code(intent, credential))
+
+    async def _consume_link(
+        self, intent: Intent, credential: _LinkCredential, transaction: Transaction
+    ) -> pb.ConsumeTokenResponse:
+        earlier = await intent.claim(transaction)
+        if earlier and earlier.answer is not None:
+            return pb.ConsumeTokenResponse.FromString(earlier.answer)
+        consume = (_QUERIES["consume_links"], self._link_params(credential))
+        # Where no answer is to be kept, one trip does it all.
+        rows, *_ = await (transaction.fetch_all(consume) if intent.request_id else transaction.commit(consume))
+        row = _only(rows)
+        if row["expired"]:
+            raise TokenExpired
+        if not intent.request_id:
+            return pb.ConsumeTokenResponse(token=self._token(row, row["failed_attempts"]))
+        response = pb.ConsumeTokenResponse(token=self._token(row, row["failed_attempts"]))
+        await transaction.commit(*intent.settle(row["id"], response))
+        return response
+
+    def _link_params(self, credential: _LinkCredential) -> Params:
+        hashes = self._ring.link_hashes(credential.token_type, credential.secret)
+        return {
+            "ords": [1] * len(hashes),
+            "token_types": [credential.token_type] * len(hashes),
+            "token_hashes": hashes,
+        }
+
+    async def _check_code(self, intent: Intent, credential: _CodeCredential) -> Row:
+        judged = await self._compare(intent, credential)
+        await self._database.run(partial(_commit, self._refund(judged.row)))
+        return judged.row
+
+    async def _consume_code(self, intent: Intent, credential: _CodeCredential) -> pb.ConsumeTokenResponse:
+        judged = await self._compare(intent, credential)
+        if judged.earlier_answer is not None:
+            return pb.ConsumeTokenResponse.FromString(judged.earlier_answer)
+        return await self._database.run(partial(self._spend_code, intent, judged.row))
+
+    async def _spend_code(self, intent: Intent, row: Row, transaction: Transaction) -> pb.ConsumeTokenResponse:
+        """Spend a token whose code was found right. Another caller with the same right code may have been faster."""
+        response = pb.ConsumeTokenResponse(token=self._token(row, row["charged_attempts"] - 1))
+        params: Params = {"ids": [row["id"]], "token_hashes": [row["token_hash"]]}
+        spent = await transaction.fetch(_QUERIES["consume_codes"], params)
+        if spent and not spent[0]["expired"]:
+            await transaction.commit(*intent.settle(row["id"], response))
+            return response
+        await transaction.commit(*intent.drop())
+        raise TokenExpired if spent else TokenNotFound
+
+    async def _compare(self, intent: Intent, credential: _CodeCredential) -> _Judged:
+        """Charge an attempt, commit it, and compare the code. Return only if it is right; its charge is not back yet.
+
+        Raises:
+            CredentialError: As the proto says.
+            Overloaded: Nothing was compared, and nothing is charged.
+        """
+        # The place comes first: to be refused one after the charge would cost the user an attempt.
+        with self._hashing.place() if self._hasher.slow else nullcontext():
+            charged = await self._database.run(partial(self._charge, intent, credential))
+            if charged.earlier_answer is not None:
+                return charged
+            row = charged.row
+            if row["id"] is None:
+                await self._pretend(intent)
+                raise TokenNotFound
+            subject = CodeSubject(row["id"], row["token_type"], row["user_id"], row["relates_to"])
+            match = partial(self._hasher.matches, credential.code, row["token_hash"], subject)
+            try:
+                right = await self._hashing.run(match) if is_slow(row["token_hash"]) else match()
+            except Exception as error:
+                # There is no verdict, so there was no guess.
+                await self._database.run(partial(_commit, [*self._refund(row), *intent.drop()]))
+                if isinstance(error, KeyError):
+                    # The token's key has been retired.
+                    raise TokenNotFound from error
+                raise
+        if right:
+            return charged
+        mismatch = CodeMismatch(max(self._settings.max_attempts - row["charged_attempts"], 0))
+        if intent.request_id:
+            await self._database.run(partial(_commit, intent.settle(row["id"], mismatch)))
+        raise mismatch
+
+    async def _charge(self, intent: Intent, credential: _CodeCredential, transaction: Transaction) -> _Judged:
+        """Charge an attempt on the token that a code is presented for; its id is None if there is no such token."""
+        earlier = await intent.claim(transaction)
+        if earlier and earlier.answer is not None:
+            return _Judged({}, earlier.answer)
+        if earlier:
+            # The first try was charged, and died before it had an answer. It is the same code, so it is free.
+            return _Judged(_only(await transaction.fetch(_QUERIES["find_codes"], {"ids": [earlier.row_id]})))
+        charge: tuple[str, Params] = (
+            _QUERIES["charge_codes"],
+            {
+                "ords": [1],
+                "token_types": [credential.token_type],
+                "user_ids": [credential.user_id],
+                "relates_to": [credential.relates_to],
+                "max_attempts": self._settings.max_attempts,
+            },
+        )
+        if intent.request_id:
+            row = _only(await transaction.fetch(*charge))
+        else:
+            rows, *_ = await transaction.commit(charge)
+            row = _only(rows)
+        if row["id"] is not None and row["expired"]:
+            raise TokenExpired
+        if row["id"] is not None and row["charged_attempts"] is None:
+            raise AttemptsExhausted
+        if intent.request_id:
+            await transaction.commit(*(intent.settle(row["id"]) if row["id"] else intent.drop()))
+        return _Judged(row)
+
+    async def _pretend(self, intent: Intent) -> None:
+        """Spend on nobody's code the time that a wrong code takes, up to the commit of its answer."""
+        await self._hashing.run(self._hasher.pretend)
+        if intent.request_id:
+            await self._database.run(partial(_commit, [CHARGE_NOBODY]))
+
+    def _refund(self, row: Row) -> list[tuple[str, Params]]:
+        params: Params = {"user_ids": [row["user_id"]], "token_types": [row["token_type"]], "ids": [row["id"]]}
+        return [(_QUERIES["refund_codes"], params)]
+
+    async def RevokeTokens(self, request: pb.RevokeTokensRequest, context: Context) -> pb.RevokeTokensResponse:
+        """Make a user's tokens worthless."""
+        del context
+        fields = Fields()
+        user_id = fields.identifier("user_id", request.user_id)
+        if request.all_types == bool(request.token_types):
+            fields.refuse("token_types", "either some token_types or all_types is required, not both")
+        token_types = [
+            _stored_type(fields, f"token_types[{index}]", token_type)
+            for index, token_type in enumerate(request.token_types)
+        ]
+        fields.done()
+
+        wanted = sorted(set(STORED_TYPES.values() if request.all_types else token_types))
+        params: Params = {"ords": [1] * len(wanted), "user_ids": [user_id] * len(wanted), "token_types": wanted}
+        ((*rows,),) = await self._database.run(partial(_commit, [(_QUERIES["revoke_tokens"], params)]))
+        return pb.RevokeTokensResponse(revoked_count=rows[0]["revoked_count"] if rows else 0)
+
+    async def ListTokens(self, request: pb.ListTokensRequest, context: Context) -> pb.ListTokensResponse:
+        """List a user's tokens that have not expired."""
+        del context
+        fields = Fields()
+        user_id = fields.identifier("user_id", request.user_id)
+        fields.done()
+
+        rows = await self._database.fetch(_QUERIES["list_tokens"], {"user_ids": [user_id]})
+        return pb.ListTokensResponse(tokens=[self._token(row, row["failed_attempts"]) for row in rows])
+
+    def _token(self, row: Row, failed_attempts: int) -> pb.OneTimeToken:
+        token = pb.OneTimeToken(
+            id=str(row["id"]),
+            user_id=str(row["user_id"]),
+            token_type=_MESSAGE_TYPES[row["token_type"]],
+            relates_to=row["relates_to"],
+            create_time=row["create_time"],
+            update_time=row["update_time"],
+            expire_time=row["expire_time"],
+        )
+        if not row["token_hash"].startswith("otl1."):
+            token.attempts_remaining = max(self._settings.max_attempts - failed_attempts, 0)
+        return token
+
+
+def _only(rows: Sequence[Row]) -> Row:
+    """Return the row of the one element that was asked for."""
+    if not rows:
+        raise TokenNotFound
+    return rows[0]
+
+
+async def _commit(statements: Sequence[tuple[str, Params]], transaction: Transaction) -> list[list[dict[str, Any]]]:
+    return await transaction.commit(*statements)
+
+
+def _stored_type(fields: Fields, field: str, token_type: int) -> str:
+    stored = STORED_TYPES.get(pb.TokenType.ValueType(token_type))
+    if stored is None:
+        fields.refuse(field, f"one of {', '.join(map(pb.TokenType.Name, STORED_TYPES))} is required")
+        return next(iter(STORED_TYPES.values()))
+    return stored
+
+
+def _code_length(fields: Fields, request: pb.IssueTokenRequest) -> int | None:
+    """Return the length of the code asked for, or None for a link."""
+    if request.secret_format == pb.SECRET_FORMAT_CODE:
+        if request.code_length and not SHORTEST_CODE <= request.code_length <= LONGEST_CODE:
+            fields.refuse("code_length", f"{SHORTEST_CODE} to {LONGEST_CODE}, or nothing, is right")
+        return request.code_length or SHORTEST_CODE
+    if request.secret_format not in (pb.SECRET_FORMAT_UNSPECIFIED, pb.SECRET_FORMAT_LINK):
+        fields.refuse("secret_format", "SECRET_FORMAT_LINK, SECRET_FORMAT_CODE or nothing is right")
+    elif request.code_length:
+        fields.refuse("code_length", "nothing is right with a link; set secret_format to SECRET_FORMAT_CODE for a code")
+    return None
+
+
+def _credential(
+    fields: Fields, request: pb.CheckTokenRequest | pb.ConsumeTokenRequest
+) -> _LinkCredential | _CodeCredential:
+    token_type = _stored_type(fields, "token_type", request.token_type)
+    given = request.WhichOneof("credential")
+    if given is None:
+        fields.refuse("credential", "link_secret or code is required")
+    if given != "code":
+        return _LinkCredential(token_type, fields.link_secret("link_secret", request.link_secret) if given else "")
+    code = fields.code("code.code", request.code.code, shortest=SHORTEST_CODE, longest=LONGEST_CODE)
+    match request.code.WhichOneof("subject"):
+        case "user_id":
+            return _CodeCredential(token_type, fields.identifier("code.user_id", request.code.user_id), None, code)
+        case "relates_to":
+            if request.token_type in _USER_ONLY_TYPES:
+                fields.refuse("code.relates_to", "user_id is required as the subject of this token_type")
+            return _CodeCredential(token_type, None, fields.address("code.relates_to", request.code.relates_to), code)
+        case _:
+            fields.refuse("code.subject", "user_id or relates_to is required")
+            return _CodeCredential(token_type, None, None, code)

@@ -1,0 +1,29 @@
+-- What every connection sets, and what belongs to no table.
+
+-- name: configure_session
+-- UTC, so that no session setting changes what a timestamp means; time limits; a commit that is on disk before it is
+-- acknowledged; and, where the role may, no parameters in the server's log: they hold addresses and digests.
+select
+  set_config('timezone', 'UTC', false),
+  set_config('statement_timeout', %(statement_timeout)s, false),
+  set_config('lock_timeout', %(lock_timeout)s, false),
+  set_config('idle_in_transaction_session_timeout', %(idle_timeout)s, false),
+  set_config('default_transaction_isolation', 'read committed', false),
+  case when current_setting('synchronous_commit') in ('off', 'local') then
+    set_config('synchronous_commit', 'on', false)
+  end,
+  case when has_parameter_privilege(current_user, 'log_parameter_max_length', 'SET') then
+    set_config('log_parameter_max_length', '0', false)
+  end,
+  case when has_parameter_privilege(current_user, 'log_parameter_max_length_on_error', 'SET') then
+    set_config('log_parameter_max_length_on_error', '0', false)
+  end
+
+-- name: charge_nobody
+-- What counting a wrong guess costs where there is nothing to count on: a record in the write-ahead log, to be flushed
+-- at COMMIT. Without it, the time that an answer takes would tell what exists.
+select pg_logical_emit_message(true, 'onetime', '') is not null as done
+
+-- name: ping
+-- Ask whether the database answers and takes writes.
+select not pg_is_in_recovery() and current_setting('transaction_read_only') = 'off' as writable

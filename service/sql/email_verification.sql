@@ -1,0 +1,126 @@
+-- Email verifications. Every statement takes arrays and answers for each element by its ord.
+--
+-- A row of public.email_verification_tokens is found through onetime.email_verification_states: by the digests that
+-- may be stored for the token presented, or by its id. It is ours if that state is there; others are never touched.
+-- Both rows are locked together, in the order of ids, before anything is decided.
+
+-- name: add_users
+-- Add users not seen before: only where public.users is our own, made because the database had none.
+insert into public.users (id)
+select distinct unnest(%(user_ids)s::uuid[])
+on conflict (id) do nothing
+
+-- name: start_verifications
+-- Start verifications. A user whom the host does not know gets none, and is no error for the others.
+with request as materialized (
+  select r.*, clock_timestamp() as now
+  from unnest(
+    %(ids)s::uuid[], %(user_ids)s::uuid[], %(token_hashes)s::text[], %(sealed_codes)s::text[], %(ttls)s::float8[],
+    %(callers)s::text[], %(deliveries)s::text[]
+  ) with ordinality as r (id, user_id, token_hash, sealed_code, ttl, caller, delivery, ord)
+), token as (
+  insert into public.email_verification_tokens as t
+    (id, user_id, email_verification_token, code, code_sent, created_at, updated_at, expires_at)
+  select id, user_id, token_hash, sealed_code, false, now, now, now + make_interval(secs => ttl)
+  from request
+  where exists (select from public.users as u where u.id = request.user_id)
+  returning t.id, t.user_id, t.email_verification_token, t.code_sent, t.created_at, t.updated_at, t.expires_at,
+    t.used_at, t.deleted_at
+), state as (
+  insert into onetime.email_verification_states as s (token_hash, id, caller, delivery)
+  select t.email_verification_token, t.id, r.caller, r.delivery
+  from token as t
+  join request as r using (id)
+  returning s.id, s.failed_attempts, s.caller, s.delivery
+)
+select
+  r.ord, t.id, t.user_id, t.code_sent, t.created_at, t.updated_at, t.expires_at, t.used_at, t.deleted_at,
+  s.failed_attempts, s.caller, s.delivery, false as expired
+from request as r
+join token as t using (id)
+join state as s using (id)
+
+-- name: find_verifications
+-- Find verifications by id, or by what may be stored for a token under any key of the ring.
+select
+  r.ord, t.id, t.user_id, t.email_verification_token as token_hash, t.code as sealed_code, t.code_sent,
+  t.created_at, t.updated_at, t.expires_at, t.used_at, t.deleted_at,
+  s.failed_attempts, s.caller, s.delivery,
+  t.expires_at <= clock_timestamp() as expired
+from unnest(%(ords)s::int[], %(ids)s::uuid[], %(token_hashes)s::text[]) as r (ord, id, token_hash)
+join public.email_verification_tokens as t on t.id = coalesce(
+  r.id, (select f.id from onetime.email_verification_states as f where f.token_hash = r.token_hash)
+)
+join onetime.email_verification_states as s on s.token_hash = t.email_verification_token and s.id = t.id
+
+-- name: lock_verifications
+-- As find_verifications, and lock what is found. Whether it has expired is asked after the lock, since the wait for it
+-- may outlast the token.
+with locked as materialized (
+  select
+    r.ord, t.id, t.user_id, t.email_verification_token as token_hash, t.code as sealed_code, t.code_sent,
+    t.created_at, t.updated_at, t.expires_at, t.used_at, t.deleted_at,
+    s.failed_attempts, s.caller, s.delivery
+  from unnest(%(ords)s::int[], %(ids)s::uuid[], %(token_hashes)s::text[]) as r (ord, id, token_hash)
+  join public.email_verification_tokens as t on t.id = coalesce(
+    r.id, (select f.id from onetime.email_verification_states as f where f.token_hash = r.token_hash)
+  )
+  join onetime.email_verification_states as s on s.token_hash = t.email_verification_token and s.id = t.id
+  order by t.id
+  for update of t, s
+)
+select
+  ord, id, user_id, token_hash, sealed_code, code_sent, created_at, updated_at, expires_at, used_at, deleted_at,
+  failed_attempts, caller, delivery,
+  expires_at <= clock_timestamp() as expired
+from locked
+
+-- name: use_verifications
+-- Spend verifications that this transaction has locked and whose codes it has found right.
+update public.email_verification_tokens as t
+set used_at = clock_timestamp()
+from unnest(%(ids)s::uuid[]) with ordinality as r (id, ord)
+where t.id = r.id and t.used_at is null and t.deleted_at is null and t.expires_at > clock_timestamp()
+returning r.ord, t.id, t.user_id, t.code_sent, t.created_at, t.updated_at, t.expires_at, t.used_at, t.deleted_at
+
+-- name: charge_verifications
+-- Count a wrong code on verifications that this transaction has locked.
+update onetime.email_verification_states as s
+set failed_attempts = s.failed_attempts + 1
+from unnest(%(token_hashes)s::text[]) as r (token_hash)
+where s.token_hash = r.token_hash
+
+-- name: refresh_verifications
+-- Give verifications that this transaction has locked a fresh token in place of one that its caller never got. Their
+-- codes stay the same, sealed anew, since the pad is made from the stored token.
+with request as (
+  select * from unnest(
+    %(ids)s::uuid[], %(old_hashes)s::text[], %(token_hashes)s::text[], %(sealed_codes)s::text[]
+  ) with ordinality as r (id, old_hash, token_hash, sealed_code, ord)
+), state as (
+  update onetime.email_verification_states as s
+  set token_hash = r.token_hash
+  from request as r
+  where s.token_hash = r.old_hash
+)
+update public.email_verification_tokens as t
+set email_verification_token = r.token_hash, code = r.sealed_code
+from request as r
+where t.id = r.id
+returning r.ord, t.id, t.user_id, t.code_sent, t.created_at, t.updated_at, t.expires_at, t.used_at, t.deleted_at
+
+-- name: mark_codes_sent
+-- Record that the codes of verifications that this transaction has locked have been mailed.
+update public.email_verification_tokens as t
+set code_sent = true
+from unnest(%(ids)s::uuid[]) with ordinality as r (id, ord)
+where t.id = r.id
+returning r.ord, t.id, t.user_id, t.code_sent, t.created_at, t.updated_at, t.expires_at, t.used_at, t.deleted_at
+
+-- name: cancel_verifications
+-- Cancel verifications that this transaction has locked.
+update public.email_verification_tokens as t
+set deleted_at = clock_timestamp()
+from unnest(%(ids)s::uuid[]) with ordinality as r (id, ord)
+where t.id = r.id
+returning r.ord, t.id, t.user_id, t.code_sent, t.created_at, t.updated_at, t.expires_at, t.used_at, t.deleted_at

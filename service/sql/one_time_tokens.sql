@@ -1,0 +1,283 @@
+-- One-time tokens. Every statement takes arrays and answers for each element by its ord, so that calls that arrive
+-- together can share a trip. Rows are locked in the order of (user_id, token_type), auth.one_time_tokens before
+-- onetime.one_time_token_states.
+--
+-- A token expires at created_at + ttl. Both timestamps hold UTC without a zone, so they are held against
+-- clock_timestamp() at time zone 'utc'; now() would be the transaction's start, before any wait for a lock.
+--
+-- A row is ours if its secret has our format and its state is there; others are never touched.
+
+-- name: issue_tokens
+-- Make tokens, each in place of the user's token of that type: the new one has a new id, new times and no attempts.
+with request as materialized (
+  select r.*, clock_timestamp() at time zone 'utc' as now
+  from unnest(
+    %(ids)s::uuid[], %(user_ids)s::uuid[], %(token_types)s::auth.one_time_token_type[], %(token_hashes)s::text[],
+    %(relates_to)s::text[], %(ttls)s::float8[], %(callers)s::text[]
+  ) with ordinality as r (id, user_id, token_type, token_hash, relates_to, ttl, caller, ord)
+  order by r.user_id, r.token_type
+), token as (
+  insert into auth.one_time_tokens as t (id, user_id, token_type, token_hash, relates_to, created_at, updated_at)
+  select id, user_id, token_type, token_hash, relates_to, now, now from request
+  on conflict (user_id, token_type) do update set
+    id = excluded.id,
+    token_hash = excluded.token_hash,
+    relates_to = excluded.relates_to,
+    created_at = excluded.created_at,
+    updated_at = excluded.updated_at
+  returning t.id, t.user_id, t.token_type, t.token_hash, t.relates_to, t.created_at, t.updated_at
+), state as (
+  insert into onetime.one_time_token_states as s (user_id, token_type, token_id, ttl, caller)
+  select t.user_id, t.token_type, t.id, make_interval(secs => r.ttl), r.caller
+  from token as t
+  join request as r using (id)
+  on conflict (user_id, token_type) do update set
+    token_id = excluded.token_id,
+    ttl = excluded.ttl,
+    failed_attempts = 0,
+    caller = excluded.caller,
+    created_at = excluded.created_at
+  returning s.token_id, s.ttl, s.failed_attempts
+)
+select
+  r.ord, t.id, t.user_id, t.token_type, t.token_hash, t.relates_to, s.failed_attempts,
+  t.created_at at time zone 'utc' as create_time,
+  t.updated_at at time zone 'utc' as update_time,
+  (t.created_at + s.ttl) at time zone 'utc' as expire_time
+from request as r
+join token as t using (id)
+join state as s on s.token_id = t.id
+
+-- name: refresh_tokens
+-- Give live tokens a fresh secret in place of one that its caller never got: same id, times and attempts.
+with request as (
+  select * from unnest(%(ids)s::uuid[], %(token_hashes)s::text[]) with ordinality as r (id, token_hash, ord)
+), locked as materialized (
+  select
+    r.ord, r.token_hash as fresh_hash, t.id, t.user_id, t.token_type, t.relates_to, t.created_at, t.updated_at,
+    s.ttl, s.failed_attempts
+  from request as r
+  join auth.one_time_tokens as t on t.id = r.id and t.token_hash ~ '^ot[lch]1\.'
+  join onetime.one_time_token_states as s
+    on s.user_id = t.user_id and s.token_type = t.token_type and s.token_id = t.id
+  order by t.user_id, t.token_type
+  for update of t
+), live as materialized (
+  select * from locked where created_at + ttl > clock_timestamp() at time zone 'utc'
+), token as (
+  update auth.one_time_tokens as t
+  set token_hash = l.fresh_hash
+  from live as l
+  where t.id = l.id
+  returning t.id
+)
+select
+  l.ord, l.id, l.user_id, l.token_type, l.fresh_hash as token_hash, l.relates_to, l.failed_attempts,
+  l.created_at at time zone 'utc' as create_time,
+  l.updated_at at time zone 'utc' as update_time,
+  (l.created_at + l.ttl) at time zone 'utc' as expire_time,
+  t.id is null as expired
+from locked as l
+left join token as t using (id)
+
+-- name: find_links
+-- Find the tokens of links, each by what may be stored for it under any key of the ring.
+with request as (
+  select * from unnest(
+    %(ords)s::int[], %(token_types)s::auth.one_time_token_type[], %(token_hashes)s::text[]
+  ) as r (ord, token_type, token_hash)
+)
+select
+  r.ord, t.id, t.user_id, t.token_type, t.token_hash, t.relates_to, s.failed_attempts,
+  t.created_at at time zone 'utc' as create_time,
+  t.updated_at at time zone 'utc' as update_time,
+  (t.created_at + s.ttl) at time zone 'utc' as expire_time,
+  t.created_at + s.ttl <= clock_timestamp() at time zone 'utc' as expired
+from request as r
+join auth.one_time_tokens as t on t.token_hash = r.token_hash and t.token_type = r.token_type
+join onetime.one_time_token_states as s
+  on s.user_id = t.user_id and s.token_type = t.token_type and s.token_id = t.id
+
+-- name: consume_links
+-- Spend the tokens of links: of many callers with one link, the first to lock its row deletes it, and the others find
+-- nothing. Whether it has expired is asked after the lock, since the wait for it may outlast the token.
+with request as (
+  select * from unnest(
+    %(ords)s::int[], %(token_types)s::auth.one_time_token_type[], %(token_hashes)s::text[]
+  ) as r (ord, token_type, token_hash)
+), locked as materialized (
+  select
+    r.ord, t.id, t.user_id, t.token_type, t.token_hash, t.relates_to, t.created_at, t.updated_at,
+    s.ttl, s.failed_attempts
+  from request as r
+  join auth.one_time_tokens as t on t.token_hash = r.token_hash and t.token_type = r.token_type
+  join onetime.one_time_token_states as s
+    on s.user_id = t.user_id and s.token_type = t.token_type and s.token_id = t.id
+  order by t.user_id, t.token_type
+  for update of t
+), live as materialized (
+  select * from locked where created_at + ttl > clock_timestamp() at time zone 'utc'
+), token as (
+  delete from auth.one_time_tokens as t using live as l where t.id = l.id
+  returning t.id, t.user_id, t.token_type
+), state as (
+  delete from onetime.one_time_token_states as s using token as t
+  where s.user_id = t.user_id and s.token_type = t.token_type and s.token_id = t.id
+)
+select
+  l.ord, l.id, l.user_id, l.token_type, l.token_hash, l.relates_to, l.failed_attempts,
+  l.created_at at time zone 'utc' as create_time,
+  l.updated_at at time zone 'utc' as update_time,
+  (l.created_at + l.ttl) at time zone 'utc' as expire_time,
+  t.id is null as expired
+from locked as l
+left join token as t using (id)
+
+-- name: charge_codes
+-- Count an attempt on each token that a code was presented for, before anybody compares it. The row's lock makes the
+-- count exact: of any number of guesses at once, no more are charged than are left. By an address, the newest live code
+-- is meant; where none is live, the newest. Where there is nothing to charge, a record in the write-ahead log is flushed
+-- in its stead, so that the time of an answer does not tell who has a code.
+with request as (
+  select * from unnest(
+    %(ords)s::int[], %(token_types)s::auth.one_time_token_type[], %(user_ids)s::uuid[], %(relates_to)s::text[]
+  ) as r (ord, token_type, user_id, relates_to)
+), found as materialized (
+  select r.ord, c.*
+  from request as r
+  cross join lateral (
+    (
+      select t.id, t.user_id, t.token_type, t.token_hash, t.relates_to, t.created_at, t.updated_at
+      from auth.one_time_tokens as t
+      where r.user_id is not null
+        and t.user_id = r.user_id and t.token_type = r.token_type and t.token_hash ~ '^ot[ch]1\.'
+    )
+    union all
+    (
+      select t.id, t.user_id, t.token_type, t.token_hash, t.relates_to, t.created_at, t.updated_at
+      from auth.one_time_tokens as t
+      join onetime.one_time_token_states as s
+        on s.user_id = t.user_id and s.token_type = t.token_type and s.token_id = t.id
+      where r.user_id is null
+        and t.relates_to = r.relates_to and t.token_type = r.token_type and t.token_hash ~ '^ot[ch]1\.'
+      order by t.created_at + s.ttl > clock_timestamp() at time zone 'utc' desc, t.created_at desc, t.id
+      limit 1
+    )
+  ) as c
+), locked as materialized (
+  select f.*, s.ttl, s.failed_attempts
+  from found as f
+  join onetime.one_time_token_states as s
+    on s.user_id = f.user_id and s.token_type = f.token_type and s.token_id = f.id
+  order by f.user_id, f.token_type
+  for update of s
+), judged as materialized (
+  select *, created_at + ttl <= clock_timestamp() at time zone 'utc' as expired from locked
+), charged as (
+  update onetime.one_time_token_states as s
+  set failed_attempts = s.failed_attempts + 1
+  from judged as j
+  where s.user_id = j.user_id and s.token_type = j.token_type and s.token_id = j.id
+    and not j.expired and j.failed_attempts < %(max_attempts)s
+  returning j.ord, s.failed_attempts
+)
+select
+  r.ord, j.id, j.user_id, j.token_type, j.token_hash, j.relates_to, j.expired,
+  j.created_at at time zone 'utc' as create_time,
+  j.updated_at at time zone 'utc' as update_time,
+  (j.created_at + j.ttl) at time zone 'utc' as expire_time,
+  j.failed_attempts,
+  c.failed_attempts as charged_attempts,
+  case when j.id is null then pg_logical_emit_message(true, 'onetime', '') end is not null as charged_nobody
+from request as r
+left join judged as j using (ord)
+left join charged as c using (ord)
+
+-- name: refund_codes
+-- Give charges back: the code was right, or could not be compared.
+update onetime.one_time_token_states as s
+set failed_attempts = greatest(s.failed_attempts - 1, 0)
+from unnest(
+  %(user_ids)s::uuid[], %(token_types)s::auth.one_time_token_type[], %(ids)s::uuid[]
+) as r (user_id, token_type, id)
+where s.user_id = r.user_id and s.token_type = r.token_type and s.token_id = r.id
+
+-- name: find_codes
+-- Find codes by their ids, for a retry that finds its charge pending.
+select
+  r.ord, t.id, t.user_id, t.token_type, t.token_hash, t.relates_to, s.failed_attempts,
+  s.failed_attempts as charged_attempts,
+  t.created_at at time zone 'utc' as create_time,
+  t.updated_at at time zone 'utc' as update_time,
+  (t.created_at + s.ttl) at time zone 'utc' as expire_time,
+  t.created_at + s.ttl <= clock_timestamp() at time zone 'utc' as expired
+from unnest(%(ids)s::uuid[]) with ordinality as r (id, ord)
+join auth.one_time_tokens as t on t.id = r.id and t.token_hash ~ '^ot[ch]1\.'
+join onetime.one_time_token_states as s
+  on s.user_id = t.user_id and s.token_type = t.token_type and s.token_id = t.id
+
+-- name: consume_codes
+-- Spend the tokens of codes that were found right: as consume_links does, and only while the row still holds the very
+-- secret that the code was compared with.
+with request as (
+  select * from unnest(%(ids)s::uuid[], %(token_hashes)s::text[]) with ordinality as r (id, token_hash, ord)
+), locked as materialized (
+  select r.ord, t.id, t.user_id, t.token_type, t.created_at, s.ttl
+  from request as r
+  join auth.one_time_tokens as t on t.id = r.id and t.token_hash = r.token_hash
+  join onetime.one_time_token_states as s
+    on s.user_id = t.user_id and s.token_type = t.token_type and s.token_id = t.id
+  order by t.user_id, t.token_type
+  for update of t
+), live as materialized (
+  select * from locked where created_at + ttl > clock_timestamp() at time zone 'utc'
+), token as (
+  delete from auth.one_time_tokens as t using live as l where t.id = l.id
+  returning t.id, t.user_id, t.token_type
+), state as (
+  delete from onetime.one_time_token_states as s using token as t
+  where s.user_id = t.user_id and s.token_type = t.token_type and s.token_id = t.id
+)
+select l.ord, l.id, t.id is null as expired
+from locked as l
+left join token as t using (id)
+
+-- name: revoke_tokens
+-- Delete users' tokens. Expired ones go too, uncounted.
+with request as (
+  select * from unnest(
+    %(ords)s::int[], %(user_ids)s::uuid[], %(token_types)s::auth.one_time_token_type[]
+  ) as r (ord, user_id, token_type)
+), locked as materialized (
+  select r.ord, t.id, t.user_id, t.token_type, t.created_at, s.ttl
+  from request as r
+  join auth.one_time_tokens as t
+    on t.user_id = r.user_id and t.token_type = r.token_type and t.token_hash ~ '^ot[lch]1\.'
+  join onetime.one_time_token_states as s
+    on s.user_id = t.user_id and s.token_type = t.token_type and s.token_id = t.id
+  order by t.user_id, t.token_type
+  for update of t
+), token as (
+  delete from auth.one_time_tokens as t using locked as l where t.id = l.id
+), state as (
+  delete from onetime.one_time_token_states as s using locked as l
+  where s.user_id = l.user_id and s.token_type = l.token_type and s.token_id = l.id
+)
+select
+  ord, count(*) filter (where created_at + ttl > clock_timestamp() at time zone 'utc') as revoked_count
+from locked
+group by ord
+
+-- name: list_tokens
+-- List users' tokens that have not expired.
+select
+  r.ord, t.id, t.user_id, t.token_type, t.token_hash, t.relates_to, s.failed_attempts,
+  t.created_at at time zone 'utc' as create_time,
+  t.updated_at at time zone 'utc' as update_time,
+  (t.created_at + s.ttl) at time zone 'utc' as expire_time
+from unnest(%(user_ids)s::uuid[]) with ordinality as r (user_id, ord)
+join auth.one_time_tokens as t on t.user_id = r.user_id and t.token_hash ~ '^ot[lch]1\.'
+join onetime.one_time_token_states as s
+  on s.user_id = t.user_id and s.token_type = t.token_type and s.token_id = t.id
+where t.created_at + s.ttl > clock_timestamp() at time zone 'utc'
+order by r.ord, t.token_type
