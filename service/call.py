@@ -45,6 +45,8 @@ class ServedCall(Call):
     """A call with what the interceptors need of gRPC, and what they find out about its end."""
 
     context: grpc.aio.ServicerContext[Any, Any]
+    peer: str
+    """The address of the caller's end of the connection."""
     kind: str
     """As metrics name it: unary, client_stream, server_stream, bidi_stream."""
     path: str

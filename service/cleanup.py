@@ -43,25 +43,26 @@ _TABLES: Final = {
 
 
 class Cleanup:
-    """Sweeps in passing. A class because a process runs one sweep at a time."""
+    """Sweeps in passing. A class because a process runs one sweep at a time, on a connection of its own.
 
-    database: Database
-    """Set once, before the first call of `maybe`."""
+    With a connection of the calls' pool, a sweep would make calls wait, or, under load, never get its turn.
+    """
 
     def __init__(self, settings: Settings) -> None:
-        """Take the retentions."""
+        """Take the retentions, and where the database is."""
         self._settings = settings
+        self._database = Database(settings.database_url, pool_size=1)
         self._sweep: asyncio.Task[None] | None = None
 
+    async def open(self) -> None:
+        """Start to connect."""
+        await self._database.open()
+
     def maybe(self) -> None:
-        """Start a sweep with the chance that the settings name, unless one is under way or calls wait for the pool."""
-        if self._sweep is not None or not chance(self._settings.cleanup_probability):
-            return
-        if self.database.busy():
-            CLEANUP_RUNS.labels(outcome="skipped").inc()
-            return
-        self._sweep = asyncio.create_task(self._run())
-        self._sweep.add_done_callback(self._ended)
+        """Start a sweep with the chance that the settings name, unless one is under way."""
+        if self._sweep is None and chance(self._settings.cleanup_probability):
+            self._sweep = asyncio.create_task(self._run())
+            self._sweep.add_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         del task
@@ -70,7 +71,7 @@ class Cleanup:
     async def _run(self) -> None:
         try:
             for table in _TABLES:
-                await sweep(self._settings, self.database, table, BLOCKS_IN_PASSING)
+                await sweep(self._settings, self._database, table, BLOCKS_IN_PASSING)
         except OnetimeError as error:
             CLEANUP_RUNS.labels(outcome="failed").inc()
             _LOG.warning("clean-up failed", extra={"reason": error.reason})
@@ -84,6 +85,7 @@ class Cleanup:
         """Wait for the sweep under way."""
         if self._sweep is not None:
             await asyncio.wait([self._sweep])
+        await self._database.close()
 
 
 async def sweep(settings: Settings, database: Database, table: str, blocks: int) -> int:
@@ -103,7 +105,7 @@ async def sweep(settings: Settings, database: Database, table: str, blocks: int)
         rows, _ = await transaction.commit(_range(settings, table, first, end), (_QUERIES["move_cursor"], move))
         return int(rows[0]["removed"])
 
-    removed = await database.run_in_passing(work)
+    removed = await database.run(work)
     CLEANUP_ROWS.labels(table=table).inc(removed)
     return removed
 
@@ -141,7 +143,7 @@ async def _sweep_range(settings: Settings, database: Database, table: str, first
         rows, *_ = await transaction.commit(_range(settings, table, first, first + BLOCKS_ON_DEMAND))
         return int(rows[0]["removed"])
 
-    return await database.run_in_passing(work)
+    return await database.run(work)
 
 
 def _range(settings: Settings, table: str, first: int, end: int) -> tuple[str, Params]:

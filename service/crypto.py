@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from typing import Final, Self
 
 import argon2
-from argon2.exceptions import HashingError, VerificationError, VerifyMismatchError
+from argon2.exceptions import HashingError, InvalidHashError, VerificationError, VerifyMismatchError
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA256
@@ -34,6 +34,8 @@ KEY_BYTES: Final = 32
 MAX_KEYS: Final = 4
 NO_VERDICT: Final = (HashingError, VerificationError, MemoryError)
 """What hashing or checking a code raises where it could not be done, so that nothing is known of the code."""
+_SHORTAGES: Final = tuple(map(argon2.low_level.error_to_str, (-22, -33)))
+"""argon2.h: ARGON2_MEMORY_ALLOCATION_ERROR, ARGON2_THREAD_FAIL. Later, the same check may succeed."""
 _KEY_ID: Final = re.compile(r"[a-z0-9]{1,16}", re.ASCII)
 _LINK_BYTES: Final = 32
 _EMAIL_TOKEN_BYTES: Final = 96
@@ -356,6 +358,10 @@ class CodeHasher:
         except VerifyMismatchError:
             # Its parent VerificationError means "could not check", which must never count as a wrong code.
             return False
+        except VerificationError as error:
+            if str(error) in _SHORTAGES:
+                raise
+            raise InvalidHashError("the stored code cannot be read") from error
 
     def pretend(self) -> None:
         """Do the work of `matches` for a subject that has no code."""

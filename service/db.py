@@ -16,7 +16,7 @@ from typing import Any, Final, TypeVar
 
 import psycopg
 from psycopg.rows import DictRow, dict_row
-from psycopg_pool import AsyncConnectionPool, PoolTimeout, TooManyRequests
+from psycopg_pool import AsyncConnectionPool, PoolClosed, PoolTimeout, TooManyRequests
 
 from service.errors import DatabaseUnavailable, OnetimeError, OutcomeUnknown
 
@@ -37,6 +37,10 @@ POOL_TIMEOUT_S: Final = 2.0
 """How long a call waits for a free connection."""
 
 CONNECT_TIMEOUT_S: Final = 3
+
+RECONNECT_TIMEOUT_S: Final = 2.0
+"""How long the pool itself tries to replace a lost connection; after that, each call that finds none starts it anew. By
+default it tries for minutes, with ever longer pauses, and in such a pause nobody notices that the database is back."""
 
 
 def load_queries(stem: str) -> Mapping[str, str]:
@@ -95,8 +99,6 @@ class Transaction:
                 warnings.append(diagnostic.sqlstate or "")
 
         self._connection.add_notice_handler(heed)
-        # From here on the server may have committed, whatever we hear of it.
-        self._doubt = True
         try:
             rows = await self._trip(statements, commit=True)
         except psycopg.Error as error:
@@ -120,6 +122,9 @@ class Transaction:
                 await self._connection.execute("BEGIN")
             cursors = [await self._connection.execute(query, params) for query, params in statements]
             if commit:
+                # From here on the server may have committed, whatever we hear of it. Not before: a connection that was
+                # stale shows it at BEGIN, and then the work can be done again on another one.
+                self._doubt = True
                 await self._connection.execute("COMMIT")
         # Fetched after the pipeline's end: a fetch inside it would be a trip of its own.
         return [await cursor.fetchall() if cursor.description else [] for cursor in cursors]
@@ -148,6 +153,7 @@ class Database:
             max_size=pool_size,
             open=False,
             timeout=POOL_TIMEOUT_S,
+            reconnect_timeout=RECONNECT_TIMEOUT_S,
             configure=_configure,
             # No check= here: after a restart of the server it sleeps for every stale connection. See `_transact`.
             kwargs={
@@ -189,15 +195,6 @@ class Database:
         self._after_write()
         return result
 
-    async def run_in_passing(self, work: Callable[[Transaction], Awaitable[T]]) -> T:
-        """As `run`, for work that no caller asked for: it counts as no write."""
-        return await self.protect(self._transact(work))
-
-    def busy(self) -> bool:
-        """Tell whether calls wait for a connection, or all connections are in use."""
-        stats = self.pool.get_stats()
-        return stats.get("requests_waiting", 0) > 0 or stats.get("pool_available", 0) == 0
-
     async def ping(self) -> bool:
         """Tell whether the database answers and takes writes.
 
@@ -211,7 +208,8 @@ class Database:
         """Let work go on to its end, even if the caller of this is cancelled.
 
         Otherwise a caller could see that a guess is wrong by the time it takes, hang up before it is counted, and
-        guess for ever.
+        guess for ever. And a caller that is cancelled gets away at once: psycopg, cancelled while its server is frozen,
+        takes 10 s.
         """
         task = asyncio.create_task(work)
         self._tasks.add(task)
@@ -245,7 +243,7 @@ class Database:
                     if transaction.begun and not transaction.committed:
                         with contextlib.suppress(psycopg.Error):
                             await connection.execute("ROLLBACK")
-        except (PoolTimeout, TooManyRequests) as error:
+        except (PoolTimeout, TooManyRequests, PoolClosed) as error:
             raise DatabaseUnavailable from error
 
     async def fetch(self, query: str, params: Params) -> list[DictRow]:
@@ -258,7 +256,7 @@ class Database:
         async def read(transaction: Transaction) -> list[DictRow]:
             return await transaction.read(query, params)
 
-        return await self._transact(read)
+        return await self.protect(self._transact(read))
 
 
 def _log_unheard(task: asyncio.Task[Any]) -> None:

@@ -103,6 +103,7 @@ class EmailVerifications(pb_grpc.EmailVerificationServiceServicer):
             fields.refuse("delivery", "return_code or send_email is required")
         if delivery == "send_email":
             fields.address("send_email.email", request.send_email.email)
+            fields.locale("send_email.locale", request.send_email.locale)
         lifetime, ceiling = self._settings.lifetime("email_verification")
         ttl = fields.ttl(request.ttl if request.HasField("ttl") else None, default=lifetime, ceiling=ceiling)
         request_id = fields.request_id(request.request_id)
@@ -186,7 +187,11 @@ class EmailVerifications(pb_grpc.EmailVerificationServiceServicer):
         earlier = await intent.claim(transaction)
         if earlier:
             # The first try was right: a wrong one's answer is kept, and raised by claim. A used row stays as it is.
-            return _only(await transaction.fetch(_QUERIES["find_verifications"], _Key(earlier.row_id, ()).params()))
+            row = _only(await transaction.fetch(_QUERIES["find_verifications"], _Key(earlier.row_id, ()).params()))
+            if row["used_at"] is None:
+                # It was right, and too late: see below.
+                raise TokenExpired
+            return row
         try:
             row = await self._lock(key, transaction)
             right_code = self._unseal(row)

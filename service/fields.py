@@ -16,6 +16,7 @@ from service.errors import InvalidRequest
 _UUID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII | re.IGNORECASE)
 _LINK_SECRET: Final = re.compile(r"[A-Za-z0-9_-]{43}", re.ASCII)
 _EMAIL_TOKEN: Final = re.compile(r"[A-Za-z0-9_-]{128}", re.ASCII)
+_LANGUAGE_TAG: Final = re.compile(r"(?=.{2,35}$)[A-Za-z]{2,8}(-[A-Za-z0-9]{1,8})*", re.ASCII)
 _ADDRESS_LENGTH: Final = 320
 """Of an email address: 64 for the local part, one for the @, 255 for the domain (RFC 3696, erratum 1690)."""
 _REFUSED_CATEGORIES: Final = {"Cc", "Cf", "Cs", "Zl", "Zp"}
@@ -96,6 +97,12 @@ class Fields:
             self.refuse(field, "an address without control characters is required")
         return normal
 
+    def locale(self, field: str, value: str) -> str:
+        """Check a language tag, which may be left out."""
+        if value and not _LANGUAGE_TAG.fullmatch(value):
+            self.refuse(field, 'a BCP 47 language tag such as "en" or "pt-BR", or nothing, is right')
+        return value
+
     def ttl(self, value: Duration | None, *, default: timedelta, ceiling: timedelta) -> timedelta:
         """Check a lifetime, which may be left out."""
         if value is None:
@@ -103,7 +110,7 @@ class Fields:
         # In nanoseconds and in integers: neither a float's rounding nor a huge number may slip past.
         nanoseconds = value.seconds * 10**9 + value.nanos
         well_formed = abs(value.nanos) < 10**9 and value.seconds * value.nanos >= 0
-        if not well_formed or not 10**9 <= nanoseconds <= round(ceiling.total_seconds()) * 10**9:
-            self.refuse("ttl", f"1 s to {round(ceiling.total_seconds())} s, or nothing, is right")
+        if not well_formed or not 10**9 <= nanoseconds <= ceiling // timedelta(microseconds=1) * 1000:
+            self.refuse("ttl", f"1 s to {ceiling.total_seconds():.10g} s, or nothing, is right")
             return default
         return timedelta(microseconds=nanoseconds // 1000)

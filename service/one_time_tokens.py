@@ -10,7 +10,7 @@ and no lock is held, since Argon2 is slow.
 
 import uuid
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -27,6 +27,8 @@ from service.db import CHARGE_NOBODY, Database, Params, Transaction, load_querie
 from service.errors import (
     AttemptsExhausted,
     CodeMismatch,
+    DatabaseUnavailable,
+    OutcomeUnknown,
     TokenExpired,
     TokenNotFound,
     UserNotFound,
@@ -89,6 +91,8 @@ class _Judged:
 
     row: Row
     earlier_answer: bytes | None = None
+    retried: bool = False
+    """Whether an earlier try of this call was charged, and this one was not."""
 
 
 class OneTimeTokens(pb_grpc.OneTimeTokenServiceServicer):
@@ -231,10 +235,20 @@ class OneTimeTokens(pb_grpc.OneTimeTokenServiceServicer):
         judged = await self._compare(intent, credential)
         if judged.earlier_answer is not None:
             return pb.ConsumeTokenResponse.FromString(judged.earlier_answer)
-        return await self._database.run(partial(self._spend_code, intent, judged.row))
+        try:
+            return await self._database.run(partial(self._spend_code, intent, judged.row))
+        except DatabaseUnavailable:
+            # The code was right, and the failure is ours.
+            with suppress(DatabaseUnavailable, OutcomeUnknown):
+                await self._database.run(partial(_commit, self._undo(intent, judged)))
+            raise
 
     async def _spend_code(self, intent: Intent, row: Row, transaction: Transaction) -> pb.ConsumeTokenResponse:
         """Spend a token whose code was found right. Another caller with the same right code may have been faster."""
+        earlier = await intent.claim(transaction)
+        if earlier and earlier.answer is not None:
+            # Another try of this very call was faster: what it got is the answer of both.
+            return pb.ConsumeTokenResponse.FromString(earlier.answer)
         response = pb.ConsumeTokenResponse(token=self._token(row, row["charged_attempts"] - 1))
         params: Params = {"ids": [row["id"]], "token_hashes": [row["token_hash"]]}
         spent = await transaction.fetch(_QUERIES["consume_codes"], params)
@@ -266,7 +280,7 @@ class OneTimeTokens(pb_grpc.OneTimeTokenServiceServicer):
                 right = await self._hashing.run(match) if is_slow(row["token_hash"]) else match()
             except Exception as error:
                 # There is no verdict, so there was no guess.
-                await self._database.run(partial(_commit, [*self._refund(row), *intent.drop()]))
+                await self._database.run(partial(_commit, self._undo(intent, charged)))
                 if isinstance(error, KeyError):
                     # The token's key has been retired.
                     raise TokenNotFound from error
@@ -285,7 +299,8 @@ class OneTimeTokens(pb_grpc.OneTimeTokenServiceServicer):
             return _Judged({}, earlier.answer)
         if earlier:
             # The first try was charged, and died before it had an answer. It is the same code, so it is free.
-            return _Judged(_only(await transaction.fetch(_QUERIES["find_codes"], {"ids": [earlier.row_id]})))
+            row = _only(await transaction.fetch(_QUERIES["find_codes"], {"ids": [earlier.row_id]}))
+            return _Judged(row, retried=True)
         charge: tuple[str, Params] = (
             _QUERIES["charge_codes"],
             {
@@ -314,6 +329,10 @@ class OneTimeTokens(pb_grpc.OneTimeTokenServiceServicer):
         await self._hashing.run(self._hasher.pretend)
         if intent.request_id:
             await self._database.run(partial(_commit, [CHARGE_NOBODY]))
+
+    def _undo(self, intent: Intent, judged: _Judged) -> list[tuple[str, Params]]:
+        """Return the statements that forget a call which came to no verdict. One charge is given back once."""
+        return [] if judged.retried else [*self._refund(judged.row), *intent.drop()]
 
     def _refund(self, row: Row) -> list[tuple[str, Params]]:
         params: Params = {"user_ids": [row["user_id"]], "token_types": [row["token_type"]], "ids": [row["id"]]}

@@ -11,6 +11,12 @@ from (values
   (current_setting('full_page_writes') = 'off',
     'full_page_writes is off: set it on in postgresql.conf'),
   (pg_is_in_recovery() or current_setting('transaction_read_only') = 'on',
-    'it takes no writes: give the URL of the primary')
+    'it takes no writes: give the URL of the primary'),
+  (to_regclass('auth.one_time_tokens') is not null and row_security_active(to_regclass('auth.one_time_tokens')::oid),
+    'row level security hides rows of auth.one_time_tokens from this role: use its owner, or a role with BYPASSRLS'),
+  (to_regclass('public.email_verification_tokens') is not null
+      and row_security_active(to_regclass('public.email_verification_tokens')::oid),
+    'row level security hides rows of public.email_verification_tokens from this role: use its owner, or a role with'
+    ' BYPASSRLS')
 ) as check_list (failed, fault)
 where failed

@@ -1,10 +1,18 @@
 -- Clean-up: each statement sweeps a range of a table's blocks, so that it costs the same in a table of any size, and
 -- passes over rows that somebody else has locked, so that it waits for nobody.
+--
+-- Left to itself, the planner would join a range of one table with the whole of another, or look for the rows that it
+-- has just found by reading the table again. So rows are deleted by their places (ctid), and other tables are asked row
+-- by row: `offset 0` and scalar subqueries are not joined. A row's place is a promise only while it is locked. And the
+-- pattern that tells our rows from others', which costs more than all else, stands in a `case`, to be tried last.
 
 -- name: lock_cursor
--- Take a table's cursor, unless another replica is sweeping that table now; blocks is the table's size.
+-- Take a table's cursor, unless another replica is sweeping that table now; blocks is the table's size. An insert that
+-- meets a row which is being updated would wait, so it is tried only where there is none.
 with made as (
-  insert into onetime.sweep_cursors (table_name) values (%(table_name)s)
+  insert into onetime.sweep_cursors (table_name)
+  select %(table_name)s
+  where not exists (select from onetime.sweep_cursors as c where c.table_name = %(table_name)s)
   on conflict (table_name) do nothing
 )
 select
@@ -27,85 +35,114 @@ select pg_relation_size(%(table_name)s::regclass) / current_setting('block_size'
 select set_config('lock_timeout', '100', true), set_config('statement_timeout', '2000', true)
 
 -- name: sweep_one_time_tokens
--- Expired tokens of ours. Without its state, a token lives as long as its type may at most.
+-- Expired tokens of ours. Without its state, a token lives as long as its type may at most. A token that was replaced
+-- while this waited for nobody is judged anew by its own times, and its predecessor's state is not its own.
 with dead as materialized (
-  select t.id, t.user_id, t.token_type
+  select t.id, t.ctid as place, s.place as state_place
   from auth.one_time_tokens as t
-  left join onetime.one_time_token_states as s
-    on s.user_id = t.user_id and s.token_type = t.token_type and s.token_id = t.id
+  left join lateral (
+    select s.ctid as place, s.token_id, s.ttl
+    from onetime.one_time_token_states as s
+    where s.user_id = t.user_id and s.token_type = t.token_type and s.token_id = t.id
+    offset 0
+  ) as s on true
   where t.ctid >= %(first)s::tid and t.ctid < %(end)s::tid
-    and t.token_hash ~ '^ot[lch]1\.[a-z0-9]{1,16}\.'
-    and t.created_at + coalesce(s.ttl, make_interval(secs => %(longest_ttl)s))
-      <= clock_timestamp() at time zone 'utc'
+    and case
+      when t.created_at + coalesce(
+        case when s.token_id = t.id then s.ttl end, make_interval(secs => %(longest_ttl)s)
+      ) <= clock_timestamp() at time zone 'utc'
+      then t.token_hash ~ '^ot[lch]1\.[a-z0-9]{1,16}\.'
+    end
   for update of t skip locked
 ), token as (
-  delete from auth.one_time_tokens as t using dead as d where t.id = d.id
+  delete from auth.one_time_tokens as t
+  where t.ctid = any (array(select d.place from dead as d))
+  returning t.id
+), locked_state as materialized (
+  select s.ctid as place
+  from onetime.one_time_token_states as s
+  where s.ctid = any (array(select d.state_place from dead as d join token using (id)))
+  for update skip locked
 ), state as (
-  delete from onetime.one_time_token_states as s using dead as d
-  where s.user_id = d.user_id and s.token_type = d.token_type and s.token_id = d.id
+  delete from onetime.one_time_token_states as s
+  where s.ctid = any (array(select l.place from locked_state as l))
 )
-select count(*) as removed from dead
+select count(*) as removed from token
 
 -- name: sweep_email_verification_tokens
 -- Expired verifications of ours; used and cancelled ones after their retention.
 with dead as materialized (
-  select t.id, t.email_verification_token as token_hash
+  select t.ctid as place
   from public.email_verification_tokens as t
   where t.ctid >= %(first)s::tid and t.ctid < %(end)s::tid
-    and t.email_verification_token ~ '^ev1\.[a-z0-9]{1,16}\.'
     and case
-      when t.used_at is not null then t.used_at + make_interval(secs => %(retention)s) <= clock_timestamp()
-      when t.deleted_at is not null then t.deleted_at + make_interval(secs => %(retention)s) <= clock_timestamp()
-      else t.expires_at <= clock_timestamp()
+      when case
+        when t.used_at is not null then t.used_at + make_interval(secs => %(retention)s)
+        when t.deleted_at is not null then t.deleted_at + make_interval(secs => %(retention)s)
+        else t.expires_at
+      end <= clock_timestamp()
+      then t.email_verification_token ~ '^ev1\.[a-z0-9]{1,16}\.'
     end
   for update of t skip locked
 ), token as (
-  delete from public.email_verification_tokens as t using dead as d where t.id = d.id
+  delete from public.email_verification_tokens as t
+  where t.ctid = any (array(select d.place from dead as d))
+  returning t.email_verification_token as token_hash
+), locked_state as materialized (
+  select s.ctid as place
+  from onetime.email_verification_states as s
+  where s.token_hash = any (array(select t.token_hash from token as t))
+  for update skip locked
 ), state as (
-  delete from onetime.email_verification_states as s using dead as d where s.token_hash = d.token_hash
+  delete from onetime.email_verification_states as s
+  where s.ctid = any (array(select l.place from locked_state as l))
 )
-select count(*) as removed from dead
+select count(*) as removed from token
 
 -- name: sweep_one_time_token_states
 -- States whose token the host has deleted. The grace is for a token that is replaced while this looks: the state that
 -- is then locked is younger than what was seen of its token.
 with dead as materialized (
-  select s.user_id, s.token_type
+  select s.ctid as place
   from onetime.one_time_token_states as s
   where s.ctid >= %(first)s::tid and s.ctid < %(end)s::tid
     and s.created_at <= clock_timestamp() - make_interval(secs => %(grace)s)
-    and not exists (select from auth.one_time_tokens as t where t.id = s.token_id)
+    and (select true from auth.one_time_tokens as t where t.id = s.token_id) is null
   for update of s skip locked
 ), state as (
-  delete from onetime.one_time_token_states as s using dead as d
-  where s.user_id = d.user_id and s.token_type = d.token_type
+  delete from onetime.one_time_token_states as s
+  where s.ctid = any (array(select d.place from dead as d))
+  returning true
 )
-select count(*) as removed from dead
+select count(*) as removed from state
 
 -- name: sweep_email_verification_states
 -- States whose verification the host has deleted; the grace as above.
 with dead as materialized (
-  select s.token_hash
+  select s.ctid as place
   from onetime.email_verification_states as s
   where s.ctid >= %(first)s::tid and s.ctid < %(end)s::tid
     and s.created_at <= clock_timestamp() - make_interval(secs => %(grace)s)
-    and not exists (select from public.email_verification_tokens as t where t.id = s.id)
+    and (select true from public.email_verification_tokens as t where t.id = s.id) is null
   for update of s skip locked
 ), state as (
-  delete from onetime.email_verification_states as s using dead as d where s.token_hash = d.token_hash
+  delete from onetime.email_verification_states as s
+  where s.ctid = any (array(select d.place from dead as d))
+  returning true
 )
-select count(*) as removed from dead
+select count(*) as removed from state
 
 -- name: sweep_receipts
 -- Receipts after their retention.
 with dead as materialized (
-  select r.request_id, r.rpc, r.caller
+  select r.ctid as place
   from onetime.receipts as r
   where r.ctid >= %(first)s::tid and r.ctid < %(end)s::tid
     and r.created_at + make_interval(secs => %(receipt_retention)s) <= clock_timestamp()
   for update of r skip locked
 ), receipt as (
-  delete from onetime.receipts as r using dead as d
-  where r.request_id = d.request_id and r.rpc = d.rpc and r.caller = d.caller
+  delete from onetime.receipts as r
+  where r.ctid = any (array(select d.place from dead as d))
+  returning true
 )
-select count(*) as removed from dead
+select count(*) as removed from receipt

@@ -1,5 +1,9 @@
 -- What `onetime doctor` asks. It only reads.
 
+-- name: configure_session
+-- A limit on what reading the whole of both tables may take, and times in UTC.
+select set_config('statement_timeout', %(statement_timeout)s, false), set_config('timezone', 'UTC', false)
+
 -- name: server
 -- Which PostgreSQL this is.
 select current_setting('server_version') as version

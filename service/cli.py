@@ -1,0 +1,666 @@
+"""The command `onetime`: its commands, their options and help, and what they say and exit with.
+
+It owns the terminal and the file of keys. Exit codes: 0 for success, 1 for a problem that was found or a failure, 2 for
+wrong usage or settings. What goes wrong is one message on standard error, without a traceback.
+
+It knows nothing of calls and tables.
+"""
+
+import asyncio
+import contextlib
+import fcntl
+import importlib.metadata
+import inspect
+import json
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Final, Never, TypeVar
+
+import click
+import psycopg
+import uvloop
+from onetime.v1 import email_verification_pb2, one_time_tokens_pb2
+from psycopg.rows import dict_row
+
+from service import doctor as doctor_checks
+from service import logs, migrations
+from service.config import ENV_PREFIX, Settings, SettingsError, describe, exposed_password, load, option_of, variable_of
+from service.crypto import Keyring, new_key
+from service.devdb import EmbeddedPostgresError, embedded_postgres
+from service.errors import OnetimeError
+
+FAILED: Final = 1
+USAGE: Final = 2
+INTERRUPTED: Final = 130  # as shells have it: 128 + SIGINT
+
+_CONNECT_TIMEOUT_S: Final = 5
+_HEALTH_TIMEOUT_S: Final = 3
+
+_EXAMPLE_USER: Final = "7d4f0f6a-3c1e-4b7e-9a55-0d2f6c1b8e21"
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+class CommandError(Exception):
+    """A command that cannot do what it is asked to. The text is for a terminal, and says what helps."""
+
+
+# Options
+
+
+class _SettingOption(click.Option):
+    """An option that stands for a setting. A class because help is grouped by what it carries."""
+
+    def __init__(self, *args: Any, section: str, **kwargs: Any) -> None:  # noqa: ANN401 - click's own
+        """Take the section of the help text that the option belongs to."""
+        super().__init__(*args, **kwargs)
+        self.section = section
+
+
+def _keep_examples(help_text: str | None) -> str:
+    """Mark the paragraphs with indented lines as those that click must not wrap."""
+    paragraphs = inspect.cleandoc(help_text or "").split("\n\n")
+    return "\n\n".join(f"\b\n{each}" if "\n  " in f"\n{each}" else each for each in paragraphs)
+
+
+class _Group(click.Group):
+    """A group of commands with examples in its help. A class because click asks for one."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - click's own
+        """Take what click takes."""
+        super().__init__(*args, **kwargs)
+        self.help = _keep_examples(self.help)
+
+
+class _Command(click.Command):
+    """A command with examples in its help, and its settings in sections. A class because click asks for one."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - click's own
+        """Take what click takes."""
+        super().__init__(*args, **kwargs)
+        self.help = _keep_examples(self.help)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options, those of the command itself first."""
+        sections: dict[str, list[tuple[str, str]]] = {"Options": []}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                title = parameter.section if isinstance(parameter, _SettingOption) else "Options"
+                sections.setdefault(title, []).append(record)
+        for title, records in sections.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+
+def _settings(*names: str) -> Callable[[_Function], _Function]:
+    """Give a command an option for each of these settings, and for the file that may hold them.
+
+    The options are not checked here: `config.load` tells everything that is wrong at once.
+    """
+
+    def decorate(function: _Function) -> _Function:
+        for setting in reversed(describe()):
+            if setting.option and setting.name in (*names, "config"):
+                default = f"  [default: {setting.default}]" if setting.default else ""
+                function = click.option(
+                    setting.option,
+                    setting.name,
+                    cls=_SettingOption,
+                    section=setting.group,
+                    metavar=setting.unit if setting.unit == "KiB" else (setting.unit or "value").upper(),
+                    help=f"{setting.description}{default}",
+                )(function)
+        return function
+
+    return decorate
+
+
+def _load(
+    options: Mapping[str, str | None], *, require: Collection[str] = (), defaults: Mapping[str, object] | None = None
+) -> Settings:
+    """Read the settings, and warn of a password that everybody can read."""
+    given = {name: value for name, value in options.items() if value is not None}
+    warning = exposed_password(given)
+    if warning:
+        click.echo(f"warning: {warning}", err=True)
+    return load(given, require=require, defaults=defaults)
+
+
+_SERVING: Final = tuple(
+    setting.name for setting in describe() if setting.name not in ("database_url", "data_dir", "keys", "config")
+)
+"""What both `dev` and `serve` take."""
+
+_EPILOG: Final = f"""
+Each option in a section of its own is a setting. It may be set in the environment too (--max-attempts as
+{ENV_PREFIX}MAX_ATTEMPTS) or in a TOML file named by --config (max_attempts = 5). The command line goes before the
+environment, and that before the file.
+"""
+
+
+@click.group(
+    cls=_Group,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Start with `onetime dev`: it needs nothing else.",
+)
+@click.version_option(importlib.metadata.version("onetime"), prog_name="onetime")
+def cli() -> None:
+    """One-time tokens and email verification codes, over gRPC, with their state in PostgreSQL.
+
+    Try it on this machine:
+      onetime dev
+
+    Run it on a database of yours:
+      onetime keys init --keys-file keys
+      export ONETIME_KEYS_FILE=keys ONETIME_DATABASE_URL=postgresql://onetime@localhost/app
+      onetime migrate
+      onetime doctor
+      onetime serve --insecure-loopback
+    """
+
+
+# dev and serve
+
+
+@cli.command(cls=_Command, epilog=_EPILOG)
+@_settings("data_dir", *_SERVING)
+def dev(**options: str | None) -> None:
+    """Serve with all that it takes, for development: an embedded PostgreSQL, new keys, reflection.
+
+    Database and keys stay in the data folder from one run to the next. Calls are plain text, from this machine only.
+
+    Examples:
+      onetime dev
+      onetime dev --listen 127.0.0.1:50052 --data-dir /tmp/other
+      onetime dev --max-attempts 3 --recovery-lifetime 2m --recovery-max-ttl 10m
+    """
+    # Nobody balances load over it, so nobody needs to be told before it stops.
+    settings = _load(options, defaults={"drain_delay": timedelta(0)})
+    logs.configure(settings.log_level.upper(), sys.stderr)
+    if os.environ.get(variable_of("database_url")):
+        click.echo(f"onetime dev brings its own database: {variable_of('database_url')} is not used", err=True)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        # Until the server heeds signals itself: so that the database that was started is stopped.
+        signal.signal(number, _end)
+    with embedded_postgres(settings.data_dir) as url:
+        keys_file = settings.keys_file
+        if settings.keys is None and keys_file is None:
+            keys_file = settings.data_dir / "keys"
+            if not keys_file.exists():
+                _write_keys(keys_file, Keyring([new_key()]).format(), replace=False)
+        ready = settings.model_copy(update={"database_url": url, "keys_file": keys_file})
+        _run_server(ready, reflect=True, migrate=True, on_ready=lambda target: _greet(ready, target))
+
+
+def _end(number: int, frame: object) -> Never:
+    del frame
+    raise SystemExit(128 + number)
+
+
+def _greet(settings: Settings, target: str) -> None:
+    """Say where it is, and how to try it."""
+    one_time_tokens, email_verification = (
+        file.DESCRIPTOR.services_by_name[name].full_name
+        for file, name in (
+            (one_time_tokens_pb2, "OneTimeTokenService"),
+            (email_verification_pb2, "EmailVerificationService"),
+        )
+    )
+    heading = f"onetime {importlib.metadata.version('onetime')} is ready at {target}"
+    calls = (
+        (
+            f"{one_time_tokens}/IssueToken",
+            {"user_id": _EXAMPLE_USER, "token_type": "TOKEN_TYPE_RECOVERY", "relates_to": "ada@example.com"},
+        ),
+        (
+            f"{one_time_tokens}/ConsumeToken",
+            {"token_type": "TOKEN_TYPE_RECOVERY", "link_secret": "<the secret that came back>"},
+        ),
+        (f"{email_verification}/StartEmailVerification", {"user_id": _EXAMPLE_USER, "return_code": {}}),
+    )
+    tries = "\n\n".join(
+        f"  grpcurl -plaintext -d '{json.dumps(message)}' \\\n    {target} {method}" for method, message in calls
+    )
+    lines = f"""
+{click.style(heading, bold=True)}
+
+  database   {settings.database_url}
+  data       {settings.data_dir.resolve()}
+  callers    anyone on this machine, in plain text: for development only
+
+Try it:
+
+  grpcurl -plaintext {target} list
+
+{tries}
+
+Ctrl-C stops it; what it stored stays."""
+    click.echo(lines.lstrip("\n"))
+
+
+@cli.command(cls=_Command, epilog=_EPILOG)
+@click.option(
+    "--insecure-loopback",
+    is_flag=True,
+    help="Serve plain text on loopback, to callers whom nobody asks who they are. Required: there is no other way yet.",
+)
+@click.option(
+    "--migrate/--no-migrate",
+    "migrates",
+    default=True,
+    show_default=True,
+    help="Migrate the database first. Without, the role that serves needs no right to create anything.",
+)
+@_settings("database_url", *_SERVING)
+def serve(*, insecure_loopback: bool, migrates: bool, **options: str | None) -> None:
+    """Serve from a database of yours.
+
+    The first SIGTERM or SIGINT lets calls under way end, a second one ends at once.
+
+    Examples:
+      onetime serve --insecure-loopback --database-url postgresql:///app --keys-file keys
+      ONETIME_CONFIG=onetime.toml onetime serve --insecure-loopback --no-migrate
+    """
+    problems: list[str] = []
+    if not insecure_loopback:
+        problems.append(
+            "--insecure-loopback is missing: callers are not identified yet, so whoever reaches the port may issue and "
+            "consume every token; add it to serve this machine only, in plain text"
+        )
+    try:
+        settings = _load(options, require=("database_url", "keys"))
+    except SettingsError as error:
+        raise SettingsError([*problems, *error.problems]) from None
+    if problems:
+        raise SettingsError(problems)
+    logs.configure(settings.log_level.upper(), sys.stderr)
+    _run_server(settings, reflect=True, migrate=migrates, on_ready=lambda _: None)
+
+
+def _run_server(settings: Settings, *, reflect: bool, migrate: bool, on_ready: Callable[[str], None]) -> None:
+    """Serve until a signal."""
+    # gRPC alone takes as long to import as the rest: the other commands do without.
+    from service import app  # noqa: PLC0415
+
+    async def run() -> None:
+        # A closed terminal ends it as SIGTERM does.
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, os.kill, os.getpid(), signal.SIGTERM)
+        await app.serve(settings, reflect=reflect, migrate=migrate, on_ready=on_ready)
+
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(run())
+    except app.StartError as error:
+        raise CommandError(str(error)) from error
+
+
+# migrate, cleanup and doctor
+
+
+@contextlib.asynccontextmanager
+async def _connection(settings: Settings) -> Any:  # noqa: ANN401 - see migrations.Connection
+    """Yield a connection to the database."""
+    try:
+        connection = await psycopg.AsyncConnection.connect(
+            settings.database_url,
+            autocommit=True,
+            connect_timeout=_CONNECT_TIMEOUT_S,
+            application_name="onetime",
+            row_factory=dict_row,
+        )
+    except psycopg.OperationalError as error:
+        reason = logs.scrubbed(str(error).partition("\n")[0], None)
+        raise CommandError(f"the database is not to be had: {reason}; check database_url, and that it runs") from error
+    async with connection:
+        yield connection
+
+
+@cli.command(cls=_Command, epilog=_EPILOG)
+@_settings("database_url")
+def migrate(**options: str | None) -> None:
+    """Bring the database to the state that this version needs, whole or not at all.
+
+    Tables that are there already are taken over if they are as documented; otherwise every difference is listed, and
+    nothing is changed. To run it again does no harm.
+
+    Example:
+      onetime migrate --database-url postgresql://owner@localhost/app
+    """
+    settings = _load(options, require=("database_url",))
+    report = asyncio.run(_migrate(settings))
+    for verb, names in (("created", report.created), ("took over", report.adopted), ("applied", report.applied)):
+        for name in names:
+            click.echo(f"{verb} {name}")
+    for sentence in report.tolerated:
+        click.echo(f"note: {sentence}")
+    if not (report.created or report.adopted or report.applied):
+        click.echo("the database is up to date")
+
+
+async def _migrate(settings: Settings) -> migrations.MigrationReport:
+    async with _connection(settings) as connection:
+        return await migrations.migrate(connection)
+
+
+@cli.command(cls=_Command, epilog=_EPILOG)
+@_settings("database_url", "retention", "receipt_retention")
+def cleanup(**options: str | None) -> None:
+    """Remove everything that has expired, at once.
+
+    The server does the same in passing, a little after each write: this is for impatience, and for a database that
+    nobody writes to any more. It waits for nobody's lock, and nobody waits for it.
+
+    Example:
+      onetime cleanup --retention 1h
+    """
+    settings = _load(options, require=("database_url",))
+    removed = asyncio.run(_cleanup(settings))
+    width = max(len(table) for table in removed)
+    for table, rows in removed.items():
+        click.echo(f"{table:{width}}  {rows:>8} {'row' if rows == 1 else 'rows'} removed")
+
+
+async def _cleanup(settings: Settings) -> Mapping[str, int]:
+    from service import cleanup as sweeping  # noqa: PLC0415 - it registers metrics, which the other commands do without
+
+    async with _connection(settings) as connection:
+        pending = await migrations.pending(connection)
+    if pending:
+        listed = "".join(f"\n  {what}" for what in pending)
+        raise CommandError(f"the database is not up to date; `onetime migrate` helps:{listed}")
+    with click.progressbar(length=1, label="blocks", show_pos=True, file=sys.stderr) as bar:
+
+        def advance(done: int, total: int) -> None:
+            bar.length = total
+            bar.update(done - bar.pos)
+
+        return await sweeping.sweep_all(settings, advance)
+
+
+@cli.command(cls=_Command, epilog=_EPILOG)
+@_settings("database_url", "keys_file", *(name for name in _SERVING if name.startswith(("argon2", "code_hashing"))))
+def doctor(**options: str | None) -> None:
+    """Look at settings, keys and database, and tell what is wrong and what helps.
+
+    A line for each check; it only reads. The exit code is 1 if a check fails; a warning is no failure.
+
+    Example:
+      ONETIME_CONFIG=onetime.toml onetime doctor
+    """
+    try:
+        settings = _load(options, require=("database_url",))
+    except SettingsError as error:
+        for problem in error.problems:
+            _show(doctor_checks.Finding("settings", "fail", problem))
+        raise SystemExit(FAILED) from None
+    _show(doctor_checks.Finding("settings", "ok", "every setting is right"))
+    if asyncio.run(_examine(settings)):
+        raise SystemExit(FAILED)
+
+
+async def _examine(settings: Settings) -> bool:
+    """Show the findings as they come, and return whether any check failed."""
+    failed = False
+    async for finding in doctor_checks.examine(settings):
+        failed |= finding.verdict == "fail"
+        _show(finding)
+    return failed
+
+
+_COLORS: Final = {"ok": "green", "warn": "yellow", "fail": "red"}
+
+
+def _show(finding: doctor_checks.Finding) -> None:
+    cure = f" -> {finding.cure}" if finding.cure else ""
+    verdict = click.style(f"{finding.verdict:4}", fg=_COLORS[finding.verdict])
+    click.echo(f"{verdict}  {finding.check:12}  {finding.text}{cure}")
+
+
+@cli.command(cls=_Command, epilog=_EPILOG)
+@_settings("listen")
+def health(**options: str | None) -> None:
+    """Ask a running server on this machine whether it serves; the exit code is 0 if it does.
+
+    For the health checks of containers.
+
+    Example:
+      onetime health --listen 127.0.0.1:50051
+    """
+    settings = _load(options)
+    # As in `_run_server`.
+    import grpc  # noqa: PLC0415
+    from grpc_health.v1 import health_pb2, health_pb2_grpc  # noqa: PLC0415
+
+    with grpc.insecure_channel(settings.listen) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        try:
+            answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=_HEALTH_TIMEOUT_S)  # type: ignore[attr-defined] # not in types-grpcio
+        except grpc.RpcError as error:
+            raise CommandError(f"no answer from {settings.listen}: {error.code().name}") from error
+    status = health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
+    click.echo(status)
+    if answer.status != health_pb2.HealthCheckResponse.SERVING:
+        raise SystemExit(FAILED)
+
+
+# keys
+
+
+@cli.group(cls=_Group)
+def keys() -> None:
+    """Make and change the file of keys.
+
+    Every secret at rest is made under a key: without the keys, a dump of the database gives nothing; and without the
+    keys, no token is accepted. Keep a copy of the file where the database's backups are not.
+
+    The first key of the file makes, all of them check. Up to four fit in. To replace a key, change the file that every
+    server has, and restart them, after each step:
+
+      onetime keys add            a new key, which only checks
+      onetime keys switch ID      now it makes
+      onetime keys retire OLD     when the tokens made under the old one have expired
+
+    The file has a key a line, `<id> <43 characters of base64url>`; `#` begins a comment. No command shows a key.
+    """
+
+
+@keys.command("init", cls=_Command, epilog=_EPILOG)
+@_settings("keys_file")
+def keys_init(**options: str | None) -> None:
+    """Make a file with one new key, for this user's eyes only. A file that is there stays as it is.
+
+    Example:
+      onetime keys init --keys-file /etc/onetime/keys
+    """
+    path = _keys_file(options)
+    key = new_key()
+    _write_keys(path, Keyring([key]).format(), replace=False)
+    click.echo(f"made {path} with the key {key.id}")
+
+
+@keys.command("list", cls=_Command, epilog=_EPILOG)
+@_settings("keys_file")
+def keys_list(**options: str | None) -> None:
+    """List the ids of the keys, and which one makes."""
+    _, ring = _read_keys(_keys_file(options))
+    for key in ring.keys:
+        click.echo(f"{key.id:16}  {'makes and checks' if key is ring.keys[0] else 'checks'}")
+
+
+@keys.command("add", cls=_Command, epilog=_EPILOG)
+@_settings("keys_file")
+def keys_add(**options: str | None) -> None:
+    """Add a new key, which only checks: the first step of replacing a key."""
+    key = new_key()
+    path = _keys_file(options)
+    with _changing(path) as lines:
+        lines.append(Keyring([key]).format())
+    click.echo(f"added {key.id}, which checks; restart every server, then `onetime keys switch {key.id}`")
+
+
+@keys.command("switch", cls=_Command, epilog=_EPILOG)
+@click.argument("key_id", metavar="ID")
+@_settings("keys_file")
+def keys_switch(key_id: str, **options: str | None) -> None:
+    """Let the key ID make from now on: the second step.
+
+    Every server must have it already: one that has not refuses what the others make.
+    """
+    path = _keys_file(options)
+    with _changing(path) as lines:
+        line = lines.pop(_line_of(lines, key_id, path))
+        first = next((number for number, other in enumerate(lines) if _id_in(other)), 0)
+        lines.insert(first, line)
+    click.echo(f"{key_id} makes; restart every server")
+
+
+@keys.command("retire", cls=_Command, epilog=_EPILOG)
+@click.argument("key_id", metavar="ID")
+@_settings("keys_file")
+def keys_retire(key_id: str, **options: str | None) -> None:
+    """Take the key ID out: the last step. What was made under it is refused from then on.
+
+    `onetime doctor` tells how many rows still name a key that is not in the file.
+    """
+    path = _keys_file(options)
+    with _changing(path) as lines:
+        number = _line_of(lines, key_id, path)
+        if not any(map(_id_in, lines[:number])):
+            raise CommandError(f"{key_id} is the key that makes: `onetime keys switch` to another one first")
+        lines.pop(number)
+    click.echo(f"retired {key_id}; restart every server")
+
+
+def _keys_file(options: Mapping[str, str | None]) -> Path:
+    settings = _load(options, require=("keys_file",))
+    if settings.keys_file is None:
+        raise SettingsError([f"{option_of('keys_file')} is missing: a path is right"])
+    # The file itself, so that a link to it stays one.
+    return settings.keys_file.resolve()
+
+
+def _read_keys(path: Path) -> tuple[str, Keyring]:
+    """Return the text of a file of keys, and what it says."""
+    try:
+        text = path.read_text("ascii")
+        return text, Keyring.parse(text)
+    except OSError as error:
+        raise CommandError(f"{path}: {error.strerror}; `onetime keys init` makes it") from None
+    except UnicodeDecodeError:
+        # Its text quotes what it could not decode.
+        raise CommandError(f"{path}: this is no file of keys") from None
+    except ValueError as error:
+        raise CommandError(f"{path}: {error}") from None
+
+
+def _id_in(line: str) -> str:
+    """Return the id of the key in a line, or nothing for a comment."""
+    return (line.partition("#")[0].split() or [""])[0]
+
+
+def _line_of(lines: list[str], key_id: str, path: Path) -> int:
+    for number, line in enumerate(lines):
+        if key_id and _id_in(line) == key_id:
+            return number
+    # Not quoted: whoever mixes up the two words of a line has put the key here.
+    raise CommandError(f"{path} has no key of this id; `onetime keys list` shows the ids")
+
+
+@contextlib.contextmanager
+def _changing(path: Path) -> Iterator[list[str]]:
+    """Yield the lines of a file of keys to be changed, comments and all, and write them if they are still a ring."""
+    try:
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise CommandError(f"{path.parent}: {error.strerror}") from None
+    try:
+        # Two changes at once would each write without the other's: a key that is lost takes its tokens with it.
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        text, _ = _read_keys(path)
+        lines = text.splitlines(keepends=True)
+        if lines and not lines[-1].endswith("\n"):
+            lines[-1] += "\n"
+        yield lines
+        try:
+            Keyring.parse("".join(lines))
+        except ValueError as error:
+            raise CommandError(f"{path} would not be right: {error}") from None
+        _write_keys(path, "".join(lines), replace=True)
+    finally:
+        os.close(folder)
+
+
+def _write_keys(path: Path, text: str, *, replace: bool) -> None:
+    """Write a file of keys, whole or not at all, for its owner's eyes only.
+
+    Raises:
+        CommandError: The file is there and is not to be replaced, or cannot be written.
+    """
+    try:
+        handle, temporary = tempfile.mkstemp(prefix=".keys-", dir=path.parent)
+    except OSError as error:
+        raise CommandError(f"{path.parent}: {error.strerror}") from None
+    try:
+        with os.fdopen(handle, "w", encoding="ascii") as file:
+            file.write(text)
+            file.flush()
+            os.fchmod(handle, 0o600)  # which it is already, unless a umask takes even that
+            if replace:
+                # The service's account may own it, and whoever runs this be root.
+                owner = path.stat()
+                if (owner.st_uid, owner.st_gid) != (os.geteuid(), os.getegid()):
+                    os.fchown(handle, owner.st_uid, owner.st_gid)
+            os.fsync(handle)
+        if replace:
+            Path(temporary).replace(path)
+        else:
+            # Unlike a rename, a link never replaces what is there.
+            path.hardlink_to(temporary)
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except FileExistsError:
+        raise CommandError(f"{path} is there already, and tokens were made under its keys: it stays as it is") from None
+    except OSError as error:
+        raise CommandError(f"{path}: {error.strerror}") from None
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+# The entry
+
+
+def main() -> Never:
+    """Run the command line, and exit."""
+    sys.exit(_run())
+
+
+def _run() -> int:
+    """Run the command line and return its exit code. Every error of ours becomes one message here."""
+    try:
+        result = cli.main(prog_name="onetime", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        return INTERRUPTED
+    except SettingsError as error:
+        return _fail(str(error), USAGE)
+    except (CommandError, EmbeddedPostgresError, migrations.MigrationRefused, OnetimeError) as error:
+        return _fail(str(error), FAILED)
+    except Exception as error:  # noqa: BLE001 - the last resort, and the driver's own words would quote rows
+        return _fail(f"this is a bug of onetime:\n{logs.traceback_text(error, None)}", FAILED)
+    return result if isinstance(result, int) else 0
+
+
+def _fail(text: str, code: int) -> int:
+    click.echo(f"onetime: {text}", err=True)
+    return code

@@ -1,0 +1,710 @@
+"""The settings: their names, defaults and limits, where they come from, and what to say of a wrong one.
+
+Every setting is one field of `Settings`. Its option (`--max-attempts`), its environment variable
+(`ONETIME_MAX_ATTEMPTS`) and its key in the TOML file (`max_attempts`) follow from its name; the tables of `--help` and
+README are made from `describe()`.
+
+It knows nothing of what the settings are for: a limit is stated here and kept elsewhere.
+"""
+
+import difflib
+import ipaddress
+import os
+import re
+import tomllib
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, Self, cast
+
+import psycopg
+from psycopg.conninfo import conninfo_to_dict
+from pydantic import BeforeValidator, Field, JsonValue, SecretStr, ValidationError, ValidationInfo, field_validator
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    InitSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+from service.crypto import Keyring
+
+ENV_PREFIX: Final = "ONETIME_"
+
+OWASP_ARGON2: Final = ((47104, 1), (19456, 2), (12288, 3), (9216, 4), (7168, 5))
+"""Memory in KiB and passes that OWASP's Password Storage Cheat Sheet asks of Argon2id at least, with one lane."""
+
+_MAX_TTL: Final = timedelta(days=7)
+_LANE_KIB: Final = 8  # Argon2's own minimum (RFC 9106, 3.1)
+_SHOWN: Final = 80  # characters of a wrong value
+
+_PURPOSES: Final = {
+    "confirmation_token": "confirmation",
+    "recovery_token": "recovery",
+    "email_change_token_new": "email_change_new",
+    "email_change_token_current": "email_change_current",
+    "phone_change_token": "phone_change",
+    "reauthentication_token": "reauthentication",
+    "email_verification": "email_verification",
+}
+"""The settings' names for the labels of auth.one_time_token_type, and for email verifications."""
+
+
+class SettingsError(Exception):
+    """Settings that are wrong or missing. The text has all of them, a line each, and no secret."""
+
+    def __init__(self, problems: Iterable[str]) -> None:
+        """Take a line for each setting."""
+        self.problems = tuple(problems)
+        count = "a setting is" if len(self.problems) == 1 else f"{len(self.problems)} settings are"
+        super().__init__("\n".join([f"{count} wrong:", *(f"  {problem}" for problem in self.problems)]))
+
+
+# Forms of values
+
+_DURATION: Final = re.compile(
+    r"""
+    (?P<bare> \d{1,9} (?:\.\d{1,6})? )
+    |
+    P? (?: (?P<days> \d{1,5} ) D )? T?
+    (?: (?P<hours> \d{1,9} ) H )?
+    (?: (?P<minutes> \d{1,9} ) M )?
+    (?: (?P<seconds> \d{1,9} (?:\.\d{1,6})? ) S )?
+    (?: (?P<milliseconds> \d{1,9} ) MS )?
+    """,
+    re.VERBOSE | re.ASCII | re.IGNORECASE,
+)
+
+
+def parse_duration(text: str) -> timedelta:
+    """Read a duration: `900` or `0.5` (seconds), `15m`, `1h30m`, `2d`, `500ms`, `PT15M`.
+
+    Raises:
+        ValueError: It is none of these.
+    """
+    found = _DURATION.fullmatch(text.strip())
+    parts = {unit: float(amount) for unit, amount in found.groupdict().items() if amount} if found else {}
+    if not parts:
+        raise ValueError("not a duration")
+    parts["seconds"] = parts.get("seconds", 0) + parts.pop("bare", 0)
+    return timedelta(**parts)
+
+
+def format_duration(duration: timedelta) -> str:
+    """Return the short form that `parse_duration` reads, such as `1h30m`."""
+    if not duration:
+        return "0s"
+    milliseconds = duration // timedelta(milliseconds=1)
+    text = ""
+    for unit, size in (("d", 86_400_000), ("h", 3_600_000), ("m", 60_000), ("s", 1000), ("ms", 1)):
+        amount, milliseconds = divmod(milliseconds, size)
+        # A day is 24h, the way people write it; from two days on, days are clearer.
+        if unit == "d" and amount == 1:
+            milliseconds += size
+        elif amount:
+            text += f"{amount}{unit}"
+    return text
+
+
+def parse_listen(text: str) -> tuple[str, int]:
+    """Split `host:port` or `[v6]:port` into host and port; the host of IPv6 has no brackets.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    found = re.fullmatch(r"(?:\[(?P<v6>[0-9a-fA-F:.]+)\]|(?P<host>[A-Za-z0-9.-]+)):(?P<port>\d{1,5})", text, re.ASCII)
+    if found is None or not 1 <= int(found["port"]) <= 65535:  # noqa: PLR2004 - the last TCP port
+        raise ValueError("not host:port")
+    if found["v6"]:
+        ipaddress.IPv6Address(found["v6"])
+    return found["v6"] or found["host"], int(found["port"])
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _no_truth(value: object) -> object:
+    """Refuse true and false where a number is meant: Python takes them for 1 and 0."""
+    if isinstance(value, bool):
+        raise ValueError("not a number")  # noqa: TRY004 - what pydantic expects of a validator
+    return value
+
+
+def _duration(value: object) -> object:
+    if isinstance(value, str):
+        return parse_duration(value)
+    return _no_truth(value)
+
+
+Number = Annotated[int, BeforeValidator(_no_truth)]
+Fraction = Annotated[float, BeforeValidator(_no_truth)]
+Duration = Annotated[timedelta, BeforeValidator(_duration)]
+
+
+class _WrongError(ValueError):
+    """A value of the right form that is wrong nevertheless. Its text says why, and what would be right."""
+
+
+# The settings
+
+
+def _setting(  # noqa: PLR0913 - what is known of a setting, by name
+    default: Any,  # noqa: ANN401 - of any field
+    description: str,
+    *,
+    right: str,
+    group: str,
+    unit: str = "",
+    env_only: bool = False,
+    shown_default: str | None = None,
+    **limits: Any,  # noqa: ANN401 - passed on
+) -> Any:  # noqa: ANN401 - stands for a field's default, as pydantic's own Field
+    """Declare a setting: `right` completes the sentence "... is right"."""
+    known: dict[str, JsonValue] = {
+        "right": right,
+        "group": group,
+        "unit": unit,
+        "env_only": env_only,
+        "shown_default": shown_default,
+    }
+    make = {"default_factory": default} if callable(default) else {"default": default}
+    return Field(**make, description=description, json_schema_extra=known, **limits)
+
+
+def _whole(default: Any, description: str, least: int, most: int, *, group: str, **more: Any) -> Any:  # noqa: ANN401
+    right = f"a whole number from {least} to {most}"
+    return _setting(default, description, right=right, group=group, ge=least, le=most, **more)
+
+
+def _time(default: str, description: str, least: str, most: str, *, group: str) -> Any:  # noqa: ANN401
+    return _setting(
+        parse_duration(default),
+        description,
+        right=f"a duration from {least} to {most}, such as 90, 15m, 1h30m or PT15M,",
+        group=group,
+        unit="duration",
+        ge=parse_duration(least),
+        le=parse_duration(most),
+    )
+
+
+def _lifetime(default: str, what: str) -> Any:  # noqa: ANN401
+    return _time(default, f"How long {what} lives, unless its call asks otherwise.", "1s", "7d", group="Lifetimes")
+
+
+def _max_ttl(default: str, what: str) -> Any:  # noqa: ANN401
+    return _time(default, f"The longest life that a call may ask for {what}.", "1s", "7d", group="Lifetimes")
+
+
+def _cores() -> int:
+    """Return how many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class Settings(BaseSettings):
+    """All settings. Frozen: what was checked at the start holds until the end."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX,
+        env_ignore_empty=True,  # a variable that compose files pass on empty is not set
+        extra="forbid",
+        frozen=True,
+        validate_default=True,  # a default may conflict with what was set
+        hide_input_in_errors=True,
+    )
+
+    # Where
+
+    listen: str = _setting(
+        "127.0.0.1:50051",
+        "Where calls are served. A loopback address, until callers are identified.",
+        right="host:port or [IPv6]:port on loopback, such as 127.0.0.1:50051,",
+        group="Where",
+    )
+    metrics_listen: str | None = _setting(
+        None,
+        "Where Prometheus reads the metrics, over HTTP. Off if unset.",
+        right="host:port or [IPv6]:port, such as 127.0.0.1:9464,",
+        group="Where",
+    )
+    database_url: str = _setting(
+        "",
+        "The PostgreSQL database, 15 or newer. Never put a password on the command line: everyone can read it there.",
+        right="postgresql://user@host:5432/database",
+        group="Where",
+        repr=False,  # it may hold a password
+    )
+    data_dir: Path = _setting(
+        Path(".onetime"),
+        "The folder of `onetime dev`: its database and its keys.",
+        right="a path",
+        group="Where",
+    )
+    keys_file: Path | None = _setting(
+        None,
+        "The file with the keys; `onetime keys` makes and changes it.",
+        right="a path",
+        group="Where",
+    )
+    keys: SecretStr | None = _setting(
+        None,
+        "The keys themselves, instead of a file: its lines, separated by newlines or commas.",
+        right="one to four of `<id> <43 characters of base64url>`, separated by newlines or commas,",
+        group="Where",
+        env_only=True,
+        repr=False,
+    )
+    config: Path | None = _setting(None, "A TOML file with settings.", right="a path", group="Where")
+
+    # Codes
+
+    code_hashing: Literal["argon2id", "hmac"] = _setting(
+        "argon2id",
+        "How codes are kept. `hmac` is much faster, but a dump of the database with the keys then gives the codes.",
+        right="argon2id or hmac",
+        group="Codes",
+    )
+    unsafe_cheap_argon2: bool = _setting(
+        False,  # noqa: FBT003 - the default of a field
+        "For tests only: let Argon2 cost less than OWASP asks for.",
+        right="true or false",
+        group="Codes",
+        env_only=True,
+    )
+    argon2_memory_kib: Number = _whole(
+        19456, "Memory of one Argon2 hash.", _LANE_KIB, 4 * 1024 * 1024, group="Codes", unit="KiB"
+    )
+    argon2_parallelism: Number = _whole(1, "Lanes of one Argon2 hash.", 1, 16, group="Codes")
+    argon2_time_cost: Number = _whole(2, "Passes of one Argon2 hash over its memory.", 1, 100, group="Codes")
+    argon2_threads: Number = _whole(
+        _cores,
+        "Argon2 hashes made at once. Each needs the memory above.",
+        1,
+        256,
+        group="Codes",
+        shown_default="number of processors",
+    )
+    argon2_queue: Number = _whole(
+        64, "Calls that wait for an Argon2 hash before more are refused.", 0, 10_000, group="Codes"
+    )
+    max_attempts: Number = _whole(5, "Wrong codes that are compared for one token.", 1, 100, group="Codes")
+
+    # Lifetimes. The ceilings come first: a lifetime is held against its ceiling.
+
+    confirmation_max_ttl: Duration = _max_ttl("24h", "a confirmation token")
+    confirmation_lifetime: Duration = _lifetime("1h", "a confirmation token")
+    recovery_max_ttl: Duration = _max_ttl("15m", "a recovery token")
+    recovery_lifetime: Duration = _lifetime("15m", "a recovery token")
+    email_change_new_max_ttl: Duration = _max_ttl("15m", "a token for the new address of an email change")
+    email_change_new_lifetime: Duration = _lifetime("15m", "a token for the new address of an email change")
+    email_change_current_max_ttl: Duration = _max_ttl("15m", "a token for the current address of an email change")
+    email_change_current_lifetime: Duration = _lifetime("15m", "a token for the current address of an email change")
+    phone_change_max_ttl: Duration = _max_ttl("5m", "a phone change token")
+    phone_change_lifetime: Duration = _lifetime("5m", "a phone change token")
+    reauthentication_max_ttl: Duration = _max_ttl("5m", "a reauthentication token")
+    reauthentication_lifetime: Duration = _lifetime("5m", "a reauthentication token")
+    email_verification_max_ttl: Duration = _max_ttl("15m", "an email verification")
+    email_verification_lifetime: Duration = _lifetime("15m", "an email verification")
+
+    # Clean-up
+
+    cleanup_probability: Fraction = _setting(
+        0.1,
+        "The chance that a write starts a clean-up.",
+        right="a number from 0 to 1",
+        group="Clean-up",
+        ge=0,
+        le=1,
+        allow_inf_nan=False,
+    )
+    retention: Duration = _time(
+        "24h", "How long used and cancelled verifications are kept.", "15m", "365d", group="Clean-up"
+    )
+    receipt_retention: Duration = _time(
+        "15m", "How long answers are kept for calls repeated with their request_id.", "15m", "7d", group="Clean-up"
+    )
+
+    # Running
+
+    call_timeout: Duration = _time("5s", "The longest that a call may take.", "100ms", "1m", group="Running")
+    pool_size: Number = _whole(8, "Connections to the database.", 1, 100, group="Running")
+    drain_delay: Duration = _time(
+        "2s",
+        "From SIGTERM on, health says NOT_SERVING for so long before new calls are refused. None in `onetime dev`.",
+        "0s",
+        "5m",
+        group="Running",
+    )
+    shutdown_grace: Duration = _time(
+        "10s", "How long calls under way may take to end after that.", "0s", "10m", group="Running"
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = _setting(
+        "info", "What is logged: this and worse.", right="debug, info, warning or error", group="Running"
+    )
+
+    def lifetime(self, token_type: str) -> tuple[timedelta, timedelta]:
+        """Return the lifetime and its ceiling, of a label of auth.one_time_token_type or of `email_verification`."""
+        purpose = _PURPOSES[token_type]
+        return getattr(self, f"{purpose}_lifetime"), getattr(self, f"{purpose}_max_ttl")
+
+    def longest_ttl(self) -> timedelta:
+        """Return the longest life that any token may have."""
+        return max(self.lifetime(token_type)[1] for token_type in _PURPOSES)
+
+    @field_validator("listen")
+    @classmethod
+    def _listen_on_loopback(cls, value: str) -> str:
+        host, _ = parse_listen(value)
+        if not _is_loopback(host):
+            raise _WrongError(
+                "only a loopback address is right until callers are identified: whoever reaches the service may issue "
+                "and consume every token; take 127.0.0.1, [::1] or localhost"
+            )
+        return value
+
+    @field_validator("metrics_listen")
+    @classmethod
+    def _metrics_listen_form(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_listen(value)
+        return value
+
+    @field_validator("database_url")
+    @classmethod
+    def _database_url_form(cls, value: str) -> str:
+        try:
+            port = str(conninfo_to_dict(value).get("port", "1"))
+        except psycopg.Error:
+            # libpq's text quotes what it does not understand, a password perhaps.
+            port = ""
+        # libpq looks at ports when it connects, and quotes what stands there: after a password with an @ in it, say.
+        if not re.fullmatch(r"\d{1,5}(,\d{1,5})*", port, re.ASCII):
+            raise ValueError("not a URL")
+        return value
+
+    @field_validator("keys")
+    @classmethod
+    def _one_source_of_keys(cls, value: SecretStr | None, info: ValidationInfo) -> SecretStr | None:
+        if value is None:
+            return None
+        if info.data.get("keys_file"):
+            raise _WrongError(f"keys_file is set too; one of them is right: unset {ENV_PREFIX}KEYS, or keys_file")
+        try:
+            Keyring.parse(_lines_of_keys(value))
+        except ValueError as error:
+            raise _WrongError(str(error)) from None
+        return value
+
+    @field_validator("argon2_parallelism")
+    @classmethod
+    def _enough_for_each_lane(cls, value: int, info: ValidationInfo) -> int:
+        memory = info.data.get("argon2_memory_kib", value * _LANE_KIB)
+        if memory < value * _LANE_KIB:
+            raise _WrongError(f"each lane needs {_LANE_KIB} KiB, and argon2_memory_kib is {memory}")
+        return value
+
+    @field_validator("argon2_time_cost")
+    @classmethod
+    def _not_cheap(cls, value: int, info: ValidationInfo) -> int:
+        # What is missing in info.data is wrong itself, and told already.
+        memory = info.data.get("argon2_memory_kib")
+        hashing = info.data.get("code_hashing")
+        if memory and hashing == "argon2id" and not info.data.get("unsafe_cheap_argon2") and is_cheap(memory, value):
+            enough = ", ".join(f"{kib} KiB with {passes}" for kib, passes in OWASP_ARGON2)
+            raise _WrongError(
+                f"too few passes for argon2_memory_kib = {memory}: OWASP asks for at least one of {enough} passes"
+            )
+        return value
+
+    @field_validator(*(f"{purpose}_lifetime" for purpose in _PURPOSES.values()))
+    @classmethod
+    def _within_ceiling(cls, value: timedelta, info: ValidationInfo) -> timedelta:
+        ceiling_name = str(info.field_name).replace("_lifetime", "_max_ttl")
+        ceiling = info.data.get(ceiling_name, _MAX_TTL)
+        if value > ceiling:
+            raise _WrongError(
+                f"{format_duration(value)} is longer than {ceiling_name}, {format_duration(ceiling)}: shorten this one "
+                "or raise the other"
+            )
+        return value
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Read nothing but the arguments: `load` is where the other sources are."""
+        del cls, settings_cls, env_settings, dotenv_settings, file_secret_settings
+        return (init_settings,)
+
+    @classmethod
+    def from_sources(cls, *sources: PydanticBaseSettingsSource) -> Self:
+        """Make settings from these sources, the first of which goes before the others."""
+        return cls(_build_sources=(sources, {}))
+
+
+def is_cheap(memory_kib: int, time_cost: int) -> bool:
+    """Tell whether Argon2id costs less than OWASP's minimum. More than one lane makes nothing cheaper to attack."""
+    return not any(memory_kib >= memory and time_cost >= passes for memory, passes in OWASP_ARGON2)
+
+
+def _lines_of_keys(keys: SecretStr) -> str:
+    """Return the keys as the file has them. Many ways to set a variable do not allow for a newline."""
+    return keys.get_secret_value().replace(",", "\n")
+
+
+def load_keyring(settings: Settings) -> Keyring:
+    """Return the keys.
+
+    Raises:
+        SettingsError: There are none, or they are malformed. The text holds no key.
+    """
+    if settings.keys is not None:
+        return Keyring.parse(_lines_of_keys(settings.keys))
+    if settings.keys_file is None:
+        raise SettingsError([_MISSING_KEYS])
+    try:
+        return read_keys(settings.keys_file)
+    except ValueError as error:
+        raise SettingsError([f"keys_file: {error}"]) from None
+
+
+def read_keys(path: Path) -> Keyring:
+    """Return the keys in a file.
+
+    Raises:
+        ValueError: It cannot be read, or is malformed. The text holds no key.
+    """
+    try:
+        return Keyring.parse(path.read_text("ascii"))
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}; `onetime keys init` makes a file of keys") from None
+    except UnicodeDecodeError:
+        # Its text quotes what it could not decode.
+        raise ValueError(f"{path}: this is no file of keys; `onetime keys init` makes one") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+# Loading
+
+
+def option_of(name: str) -> str:
+    """Return a setting's command-line option."""
+    return "--" + name.replace("_", "-")
+
+
+def variable_of(name: str) -> str:
+    """Return a setting's environment variable."""
+    return ENV_PREFIX + name.upper()
+
+
+_MISSING_KEYS: Final = (
+    f"{variable_of('keys_file')} is missing: the path of a file made by `onetime keys init` is right, or the keys "
+    f"themselves in {variable_of('keys')}"
+)
+
+
+def load(
+    options: Mapping[str, object], *, require: Collection[str] = (), defaults: Mapping[str, object] | None = None
+) -> Settings:
+    """Read the settings: options go before the environment, that before the TOML file, that before the defaults.
+
+    Args:
+        options: What the command line gave, by the settings' names.
+        require: Settings that must be there. `keys` stands for `keys` or `keys_file`.
+        defaults: Defaults other than the settings' own.
+
+    Raises:
+        SettingsError: With every setting that is wrong, unknown or missing.
+    """
+    problems = _unknown_variables()
+    environment = EnvSettingsSource(Settings)
+    given_environment = environment()
+    config = options.get("config") or given_environment.get("config")
+    given_file: Mapping[str, Any] = {}
+    if config:
+        given_file, problems_of_file = _read_file(Path(str(config)))
+        problems += problems_of_file
+
+    def place(name: str) -> str:
+        """Name a setting the way it was given."""
+        if name in options:
+            return option_of(name)
+        if name in given_environment:
+            return variable_of(name)
+        return f"{name} in {config}" if name in given_file else f"{name} (default)"
+
+    given = {**given_file, **given_environment, **options}
+    problems += _missing(require, given)
+    if "keys" in require and given.get("keys_file"):
+        try:
+            read_keys(Path(str(given["keys_file"])))
+        except ValueError as error:
+            problems.append(f"{place('keys_file')}: {error}")
+    sources = [InitSettingsSource(Settings, dict(source)) for source in (options, given_file, defaults or {})]
+    try:
+        settings = Settings.from_sources(sources[0], environment, *sources[1:])
+    except ValidationError as error:
+        for detail in error.errors():
+            name = str(detail["loc"][0])
+            problems.append(_problem(place(name), given.get(name), detail))
+        raise SettingsError(problems) from None
+    if problems:
+        raise SettingsError(problems)
+    return settings
+
+
+def _problem(place: str, given: object, detail: ErrorDetails) -> str:
+    """Return the line on a wrong setting."""
+    field = Settings.model_fields[str(detail["loc"][0])]
+    shown = "" if given is None or not field.repr else f" {given!r}"[:_SHOWN]
+    cause = detail.get("ctx", {}).get("error")
+    reason = str(cause) if isinstance(cause, _WrongError) else f"{_known(field)['right']} is right"
+    return f"{place}{shown}: {reason}"
+
+
+def _known(field: FieldInfo) -> dict[str, Any]:
+    return cast("dict[str, Any]", field.json_schema_extra)
+
+
+def _missing(require: Iterable[str], given: Mapping[str, object]) -> list[str]:
+    """Return a line for each required setting that was not given."""
+    lines = []
+    for name in require:
+        if name == "keys":
+            if not given.get("keys") and not given.get("keys_file"):
+                lines.append(_MISSING_KEYS)
+        elif not given.get(name):
+            lines.append(f"{variable_of(name)} is missing: {_known(Settings.model_fields[name])['right']} is right")
+    return lines
+
+
+_SERVICE_LINK: Final = re.compile(
+    r"""
+    (\w+_)?
+    (
+      service_host=.* | service_port(_\w+)?=\d+
+      | port(_\d+_(tcp|udp|sctp))?=(tcp|udp|sctp)://.*
+      | port_\d+_(tcp|udp|sctp)_(proto|port|addr)=.*
+    )
+    """,
+    re.VERBOSE | re.ASCII,
+)
+"""What Kubernetes sets in every pod for a service called `onetime` or `onetime-...`, after the prefix."""
+
+
+def _unknown_variables() -> list[str]:
+    """Return a line for each variable that looks like a setting and is none."""
+    problems = []
+    for variable, value in sorted(os.environ.items()):
+        name = variable.lower().removeprefix(ENV_PREFIX.lower())
+        if name == variable.lower() or name in Settings.model_fields or _SERVICE_LINK.fullmatch(f"{name}={value}"):
+            continue
+        meant = _close(name, Settings.model_fields)
+        problems.append(f"{variable}: there is no such setting{_did_you_mean(meant and variable_of(meant))}")
+    return problems
+
+
+def _close(name: str, names: Iterable[str]) -> str | None:
+    return next(iter(difflib.get_close_matches(name, names, 1)), None)
+
+
+def _did_you_mean(name: str | None) -> str:
+    return f"; did you mean {name}?" if name else ""
+
+
+def _read_file(path: Path) -> tuple[Mapping[str, Any], list[str]]:
+    """Return what a TOML file sets, and a line for each key in it that is no setting."""
+    try:
+        content = tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        return {}, [f"config {path}: {error.strerror}"]
+    except UnicodeDecodeError:
+        return {}, [f"config {path}: a TOML file in UTF-8 is right"]
+    except tomllib.TOMLDecodeError as error:
+        # Its text has the place, and at most the one character that was not expected.
+        return {}, [f"config {path}: a TOML file is right: {error}"]
+    right = {name for name, field in Settings.model_fields.items() if not _known(field)["env_only"]} - {"config"}
+    problems = []
+    for name in content.keys() - right:
+        if name in Settings.model_fields:
+            problems.append(f"{name} in {path}: this is for the environment only, as {variable_of(name)}")
+        else:
+            problems.append(f"{name} in {path}: there is no such setting{_did_you_mean(_close(name, right))}")
+    return {name: value for name, value in content.items() if name in right}, sorted(problems)
+
+
+def exposed_password(options: Mapping[str, object]) -> str | None:
+    """Return what to say if the command line holds the database's password, where every user can read it."""
+    try:
+        parts = conninfo_to_dict(str(options.get("database_url", "")))
+    except psycopg.Error:
+        return None  # told as malformed
+    if not parts.get("password"):
+        return None
+    right = f"{variable_of('database_url')}, the TOML file or a password file (PGPASSFILE) is right"
+    return f"{option_of('database_url')}: its password can be read by every user of this machine; {right}"
+
+
+# Documentation
+
+
+@dataclass(frozen=True, slots=True)
+class SettingDescription:
+    """A setting, as tables and help texts show it."""
+
+    name: str
+    option: str | None
+    """None where it is for the environment only."""
+    variable: str
+    default: str
+    """Empty if there is none."""
+    unit: str
+    group: str
+    description: str
+
+
+def describe() -> list[SettingDescription]:
+    """Return every setting, in the order of this module."""
+    return [
+        SettingDescription(
+            name=name,
+            option=None if _known(field)["env_only"] else option_of(name),
+            variable=variable_of(name),
+            default=_shown_default(field),
+            unit=_known(field)["unit"],
+            group=_known(field)["group"],
+            description=str(field.description),
+        )
+        for name, field in Settings.model_fields.items()
+    ]
+
+
+def _shown_default(field: FieldInfo) -> str:
+    shown = _known(field)["shown_default"]
+    if shown is not None:
+        return str(shown)
+    match field.default:
+        case None:
+            return ""
+        case bool(truth):
+            return str(truth).lower()
+        case timedelta() as duration:
+            return format_duration(duration)
+        case default:
+            return str(default)
