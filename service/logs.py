@@ -34,7 +34,7 @@ _SHORTEST_SECRET: Final = 3
 _RESERVED: Final = frozenset(RESERVED_ATTRS)
 
 _DRIVER_DETAILS: Final = re.compile(r"(?:\n|\\n)(?:DETAIL|CONTEXT|HINT|QUERY|STATEMENT):.*", re.DOTALL)
-"""What PostgreSQL adds to an error, as it is or in a `repr`. DETAIL holds rows: `Key (token_hash)=(…) already exists.`"""
+"""What PostgreSQL adds to an error, as it is or in a `repr`. DETAIL holds rows: `Key (token_hash)=(…) exists.`"""
 
 _ASYNCIO_VALUES: Final = re.compile(r" (?:result|exception)=.*", re.DOTALL)
 """What asyncio tells of a task that has ended: its response, or its exception with all of its text."""

@@ -176,6 +176,8 @@ Global___SendEmail: _TypeAlias = SendEmail  # noqa: Y015
 
 @_typing.final
 class StartEmailVerificationRequest(_message.Message):
+    """Asks for a verification."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     USER_ID_FIELD_NUMBER: _builtins.int
@@ -225,6 +227,8 @@ Global___StartEmailVerificationRequest: _TypeAlias = StartEmailVerificationReque
 
 @_typing.final
 class StartEmailVerificationResponse(_message.Message):
+    """A new verification."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     VERIFICATION_FIELD_NUMBER: _builtins.int
@@ -235,7 +239,9 @@ class StartEmailVerificationResponse(_message.Message):
     code: _builtins.str
     """6 digits; only with return_code."""
     @_builtins.property
-    def verification(self) -> Global___EmailVerification: ...
+    def verification(self) -> Global___EmailVerification:
+        """The verification as it stands now."""
+
     def __init__(
         self,
         *,
@@ -253,6 +259,8 @@ Global___StartEmailVerificationResponse: _TypeAlias = StartEmailVerificationResp
 
 @_typing.final
 class VerifyCodeRequest(_message.Message):
+    """Presents a token and a code."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     EMAIL_VERIFICATION_TOKEN_FIELD_NUMBER: _builtins.int
@@ -283,6 +291,8 @@ Global___VerifyCodeRequest: _TypeAlias = VerifyCodeRequest  # noqa: Y015
 
 @_typing.final
 class VerifyCodeResponse(_message.Message):
+    """Token and code were accepted, and are spent."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     VERIFICATION_FIELD_NUMBER: _builtins.int
@@ -307,6 +317,8 @@ Global___VerifyCodeResponse: _TypeAlias = VerifyCodeResponse  # noqa: Y015
 
 @_typing.final
 class ResendCodeRequest(_message.Message):
+    """Asks for the same code once more."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     EMAIL_VERIFICATION_TOKEN_FIELD_NUMBER: _builtins.int
@@ -333,6 +345,8 @@ Global___ResendCodeRequest: _TypeAlias = ResendCodeRequest  # noqa: Y015
 
 @_typing.final
 class ResendCodeResponse(_message.Message):
+    """The code is sent, or is to be sent by the caller."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     VERIFICATION_FIELD_NUMBER: _builtins.int
@@ -342,7 +356,9 @@ class ResendCodeResponse(_message.Message):
     return_code. Whoever merely holds the frontend's token never gets it.
     """
     @_builtins.property
-    def verification(self) -> Global___EmailVerification: ...
+    def verification(self) -> Global___EmailVerification:
+        """The verification as it stands now."""
+
     def __init__(
         self,
         *,
@@ -359,6 +375,8 @@ Global___ResendCodeResponse: _TypeAlias = ResendCodeResponse  # noqa: Y015
 
 @_typing.final
 class MarkCodeSentRequest(_message.Message):
+    """Names a verification whose code was mailed."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     ID_FIELD_NUMBER: _builtins.int
@@ -379,11 +397,15 @@ Global___MarkCodeSentRequest: _TypeAlias = MarkCodeSentRequest  # noqa: Y015
 
 @_typing.final
 class MarkCodeSentResponse(_message.Message):
+    """It is recorded."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     VERIFICATION_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def verification(self) -> Global___EmailVerification: ...
+    def verification(self) -> Global___EmailVerification:
+        """The verification as it stands now."""
+
     def __init__(
         self,
         *,
@@ -399,6 +421,8 @@ Global___MarkCodeSentResponse: _TypeAlias = MarkCodeSentResponse  # noqa: Y015
 
 @_typing.final
 class GetEmailVerificationRequest(_message.Message):
+    """Names a verification."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     ID_FIELD_NUMBER: _builtins.int
@@ -425,11 +449,15 @@ Global___GetEmailVerificationRequest: _TypeAlias = GetEmailVerificationRequest  
 
 @_typing.final
 class GetEmailVerificationResponse(_message.Message):
+    """How it stands."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     VERIFICATION_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def verification(self) -> Global___EmailVerification: ...
+    def verification(self) -> Global___EmailVerification:
+        """The verification as it stands now."""
+
     def __init__(
         self,
         *,
@@ -445,6 +473,8 @@ Global___GetEmailVerificationResponse: _TypeAlias = GetEmailVerificationResponse
 
 @_typing.final
 class CancelEmailVerificationRequest(_message.Message):
+    """Names a verification to cancel."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     ID_FIELD_NUMBER: _builtins.int
@@ -471,11 +501,15 @@ Global___CancelEmailVerificationRequest: _TypeAlias = CancelEmailVerificationReq
 
 @_typing.final
 class CancelEmailVerificationResponse(_message.Message):
+    """It is cancelled."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     VERIFICATION_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def verification(self) -> Global___EmailVerification: ...
+    def verification(self) -> Global___EmailVerification:
+        """The verification as it stands now."""
+
     def __init__(
         self,
         *,

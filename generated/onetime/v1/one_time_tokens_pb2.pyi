@@ -183,6 +183,8 @@ Global___CodeCredential: _TypeAlias = CodeCredential  # noqa: Y015
 
 @_typing.final
 class IssueTokenRequest(_message.Message):
+    """Asks for a token."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     USER_ID_FIELD_NUMBER: _builtins.int
@@ -234,6 +236,8 @@ Global___IssueTokenRequest: _TypeAlias = IssueTokenRequest  # noqa: Y015
 
 @_typing.final
 class IssueTokenResponse(_message.Message):
+    """A new token."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     TOKEN_FIELD_NUMBER: _builtins.int
@@ -241,7 +245,9 @@ class IssueTokenResponse(_message.Message):
     secret: _builtins.str
     """The link's secret or the code. It is shown here only."""
     @_builtins.property
-    def token(self) -> Global___OneTimeToken: ...
+    def token(self) -> Global___OneTimeToken:
+        """The token as it is stored."""
+
     def __init__(
         self,
         *,
@@ -258,6 +264,8 @@ Global___IssueTokenResponse: _TypeAlias = IssueTokenResponse  # noqa: Y015
 
 @_typing.final
 class CheckTokenRequest(_message.Message):
+    """Presents a credential, to be looked at."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     TOKEN_TYPE_FIELD_NUMBER: _builtins.int
@@ -290,11 +298,17 @@ Global___CheckTokenRequest: _TypeAlias = CheckTokenRequest  # noqa: Y015
 
 @_typing.final
 class CheckTokenResponse(_message.Message):
+    """The credential would be accepted now."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     TOKEN_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def token(self) -> Global___OneTimeToken: ...
+    def token(self) -> Global___OneTimeToken:
+        """The token that it belongs to. Trust its user and address, not those of a web
+        request.
+        """
+
     def __init__(
         self,
         *,
@@ -310,6 +324,8 @@ Global___CheckTokenResponse: _TypeAlias = CheckTokenResponse  # noqa: Y015
 
 @_typing.final
 class ConsumeTokenRequest(_message.Message):
+    """Presents a credential, to be spent."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     TOKEN_TYPE_FIELD_NUMBER: _builtins.int
@@ -348,6 +364,8 @@ Global___ConsumeTokenRequest: _TypeAlias = ConsumeTokenRequest  # noqa: Y015
 
 @_typing.final
 class ConsumeTokenResponse(_message.Message):
+    """The credential was accepted, and is spent."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     TOKEN_FIELD_NUMBER: _builtins.int
@@ -372,6 +390,8 @@ Global___ConsumeTokenResponse: _TypeAlias = ConsumeTokenResponse  # noqa: Y015
 
 @_typing.final
 class RevokeTokensRequest(_message.Message):
+    """Names tokens to revoke."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     USER_ID_FIELD_NUMBER: _builtins.int
@@ -402,6 +422,8 @@ Global___RevokeTokensRequest: _TypeAlias = RevokeTokensRequest  # noqa: Y015
 
 @_typing.final
 class RevokeTokensResponse(_message.Message):
+    """The tokens are revoked."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     REVOKED_COUNT_FIELD_NUMBER: _builtins.int
@@ -422,6 +444,8 @@ Global___RevokeTokensResponse: _TypeAlias = RevokeTokensResponse  # noqa: Y015
 
 @_typing.final
 class ListTokensRequest(_message.Message):
+    """Names a user."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     USER_ID_FIELD_NUMBER: _builtins.int
@@ -442,6 +466,8 @@ Global___ListTokensRequest: _TypeAlias = ListTokensRequest  # noqa: Y015
 
 @_typing.final
 class ListTokensResponse(_message.Message):
+    """A user's tokens."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     TOKENS_FIELD_NUMBER: _builtins.int
