@@ -3,7 +3,6 @@
 Set once per call by the interceptors. What lies below them reads `Call`; only the interceptors look at `ServedCall`.
 """
 
-import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextvars import ContextVar
@@ -61,8 +60,6 @@ class ServedCall(Call):
     """Of an error of ours, as in `service.errors`."""
     failure: str = ""
     """The traceback of an error that is a bug of ours, without secrets."""
-    expiry: asyncio.Task[Exception] | None = None
-    """Sends the answer that the time is up, from when it is. Its result is what grpc wants to see raised."""
 
     def age(self) -> float:
         """Return the seconds since the call arrived."""

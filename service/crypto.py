@@ -59,12 +59,12 @@ class Key:
 
     id: str
     secret: bytes
-    link: bytes = field(init=False)
-    code: bytes = field(init=False)
-    email_token: bytes = field(init=False)
-    email_code: bytes = field(init=False)
-    fingerprint: bytes = field(init=False)
-    answer: AESGCM = field(init=False)
+    link: bytes = field(init=False, compare=False)
+    code: bytes = field(init=False, compare=False)
+    email_token: bytes = field(init=False, compare=False)
+    email_code: bytes = field(init=False, compare=False)
+    fingerprint: bytes = field(init=False, compare=False)
+    answer: AESGCM = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
         """Check the form, and derive a sub-key for each purpose."""
@@ -183,10 +183,11 @@ class Keyring:
 
         Raises:
             KeyError: The ring no longer has the row's key, or the row is not ours.
+            ValueError: The row is damaged.
         """
         pad = self._pad(row_id, user_id, token_hash)
         if not re.fullmatch("[0-9]{6}", sealed):
-            raise KeyError("not a sealed code")
+            raise ValueError("not a sealed code")
         return f"{(int(sealed) - pad) % 10**EMAIL_CODE_LENGTH:06d}"
 
     def _pad(self, row_id: uuid.UUID, user_id: uuid.UUID, token_hash: str) -> int:

@@ -19,7 +19,6 @@ from onetime.v1 import email_verification_pb2 as pb
 from onetime.v1 import email_verification_pb2_grpc as pb_grpc
 from psycopg.errors import ForeignKeyViolation
 
-from service.call import current_call
 from service.config import Settings
 from service.crypto import EMAIL_CODE_LENGTH, Keyring, equal, new_code, new_email_token
 from service.db import CHARGE_NOBODY, Database, Params, Transaction, load_queries
@@ -223,12 +222,13 @@ class EmailVerifications(pb_grpc.EmailVerificationServiceServicer):
         return await self._database.run(partial(self._resend, intent, key))
 
     async def _resend(self, intent: Intent, key: _Key, transaction: Transaction) -> pb.ResendCodeResponse:
-        await intent.claim(transaction)
-        row = await self._lock(key, transaction)
-        self._refuse_unless_pending(row)
+        earlier = await intent.claim(transaction)
+        row = await self._lock(_Key(earlier.row_id, ()) if earlier else key, transaction)
+        if not earlier:
+            self._refuse_unless_pending(row)
         response = pb.ResendCodeResponse(verification=self._verification(row))
         # The frontend's token travels through browsers: it alone must never be worth the code.
-        if row["delivery"] == "return_code" and row["caller"] == current_call.get().caller:
+        if row["delivery"] == "return_code" and row["caller"] == intent.caller:
             response.code = self._unseal(row)
         await transaction.commit(*intent.settle(row["id"]))
         return response

@@ -18,7 +18,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import aclosing
-from contextvars import Context, ContextVar
+from contextvars import ContextVar
 from typing import Any, Final, Never, Protocol, TypeAlias
 
 import grpc
@@ -39,9 +39,6 @@ ATTEMPTS_KEY: Final = "grpc-previous-rpc-attempts"
 
 LEAST_TIME_S: Final = 0.010
 """A call that arrives with less left is refused: its work would cost us, and its answer come too late."""
-
-TICK_S: Final = 0.010
-"""How late the end of a call's time may be noticed."""
 
 UNKNOWN: Final = "unknown"
 """The service and method of a call for a method that is not served. Never the client's words: it could make up a
@@ -225,11 +222,10 @@ async def translate_errors(call: ServedCall, proceed: Proceed) -> Answer:
         call.status = _status_of(call.context)
         raise
     except asyncio.CancelledError:
-        if call.expiry is None:
-            remaining = call.remaining()
-            late = remaining is not None and remaining <= 0
-            call.status = grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED
-            raise
+        remaining = call.remaining()
+        late = remaining is not None and remaining <= 0
+        call.status = grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED
+        raise
     except (OnetimeError, PlainStatus) as error:
         # Without its traceback, whose frames hold `refusal`: each refusal would wait for the garbage collector.
         refusal = error.with_traceback(None)
@@ -240,15 +236,10 @@ async def translate_errors(call: ServedCall, proceed: Proceed) -> Answer:
         call.failure = traceback_text(error, call.request)
         refusal = InternalError()
     else:
-        if call.expiry is None:
-            call.status = _status_of(call.context)
-            return answer
+        call.status = _status_of(call.context)
+        return answer
     # Not within an except block: what is raised from there has the original exception as its context, and gRPC logs
     # what it does not expect.
-    if call.expiry is not None:
-        # The answer has left, or is about to. A second one would be an error, whatever the work has come to meanwhile.
-        call.status = grpc.StatusCode.DEADLINE_EXCEEDED
-        raise await call.expiry
     return await _abort(call, refusal)
 
 
@@ -272,18 +263,12 @@ async def _abort(call: ServedCall, refusal: OnetimeError | PlainStatus) -> Never
 
 def limit_time(cap: float) -> Interceptor:
     """Make the interceptor that ends unary calls by the client's deadline or the cap, whichever comes first."""
-    running = _Running(
-        PlainStatus(
-            grpc.StatusCode.DEADLINE_EXCEEDED,
-            f"the call was not done within {cap:g} s, which is all that this server gives a call, or by its own"
-            " deadline; it took effect whole or not at all",
-        )
-    )
 
     async def limit_time(call: ServedCall, proceed: Proceed) -> Answer:
-        """Refuse a call that comes too late, and end one that takes too long, whatever its work does.
+        """Refuse a call that comes too late, and end one that takes too long, whatever the database does.
 
-        Streams have no cap: they are there to be watched.
+        What is slow goes on in tasks that outlive the call (`Database.protect`), so that a call that is cancelled lets
+        go at once. Streams have no cap: they are there to be watched.
         """
         remaining = call.remaining()
         if remaining is not None and remaining < LEAST_TIME_S:
@@ -293,74 +278,22 @@ def limit_time(cap: float) -> Interceptor:
             )
         if call.kind != UNARY:
             return await proceed(call)
-        if remaining is None or remaining > cap:
-            call.deadline = time.monotonic() + cap
-        work = asyncio.current_task()
-        running.add(work, call)
+        seconds = cap if remaining is None else min(remaining, cap)
+        call.deadline = time.monotonic() + seconds
+        limit = asyncio.timeout(seconds)
         try:
-            return await proceed(call)
-        finally:
-            running.remove(work)
+            async with limit:
+                return await proceed(call)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+        raise PlainStatus(
+            grpc.StatusCode.DEADLINE_EXCEEDED,
+            f"the call was not done within {cap:g} s, which is all that this server gives a call, or by its own"
+            " deadline; it took effect whole or not at all",
+        )
 
     return limit_time
-
-
-class _Running:
-    """The unary calls under way, and the one timer that ends them.
-
-    A class because they share it: uvloop pays a whole turn of its loop for every timer that is called off.
-    """
-
-    def __init__(self, over: PlainStatus) -> None:
-        """Take what to tell those whose time is up."""
-        self._over = over
-        self._calls: dict[asyncio.Task[Any] | None, ServedCall] = {}
-        self._sweeping = False
-
-    def add(self, work: asyncio.Task[Any] | None, call: ServedCall) -> None:
-        """Watch a call, which has a deadline."""
-        self._calls[work] = call
-        if not self._sweeping:
-            self._sweep_soon()
-
-    def remove(self, work: asyncio.Task[Any] | None) -> None:
-        """Watch a call no longer."""
-        del self._calls[work]
-
-    def _sweep_soon(self) -> None:
-        self._sweeping = True
-        # In a context of its own: that of the call which happens to start it would keep that call's secrets alive.
-        asyncio.get_running_loop().call_later(TICK_S, self._sweep, context=Context())
-
-    def _sweep(self) -> None:
-        """End the calls whose time is up. There are as many as are served at once: hundreds."""
-        self._sweeping = False
-        if self._calls:
-            self._sweep_soon()
-        now = time.monotonic()
-        for work, call in self._calls.items():
-            if call.expiry is None and call.deadline is not None and call.deadline <= now:
-                _expire(call, work, self._over)
-
-
-def _expire(call: ServedCall, work: asyncio.Task[Any] | None, over: PlainStatus) -> None:
-    """Answer the client, and tell the work to stop.
-
-    Not asyncio.timeout, which waits for the work to let go before anybody can answer: psycopg, cancelled while its
-    server is frozen, takes 10 s for that. The call has its line and its count when the work has let go.
-    """
-    call.expiry = asyncio.ensure_future(_answer(call, over))
-    if work is not None:
-        work.cancel()
-
-
-async def _answer(call: ServedCall, refusal: PlainStatus) -> Exception:
-    """Abort a call from outside of its own task, and return what that task has to raise then."""
-    try:
-        await _abort(call, refusal)
-    except grpc.aio.BaseError as error:
-        # The abort itself, or that the client has gone.
-        return error
 
 
 # The adapter
@@ -413,9 +346,10 @@ def _unknown(interceptors: Sequence[Interceptor]) -> _Handler:
 def _adapt(handler: _Handler, method: MethodDescriptor, interceptors: Sequence[Interceptor]) -> _Handler:
     """Return a handler that gets raw bytes, with the list around what parses and serves them."""
     streams = (method.client_streaming, method.server_streaming)
-    behaviour = getattr(handler, _BEHAVIOURS[streams])
-    deserialise: Any = handler.request_deserializer
-    serialise: Any = handler.response_serializer
+    # None where the handler is of another kind than its method, or is no handler as gRPC makes them.
+    behaviour: Any = getattr(handler, _BEHAVIOURS[streams], None)
+    deserialise: Any = getattr(handler, "request_deserializer", None)
+    serialise: Any = getattr(handler, "response_serializer", None)
     kind, service = _KINDS[streams], method.containing_service.full_name
     path, response_name = f"/{service}/{method.name}", method.output_type.full_name
     series = metrics.series(kind, service, method.name)

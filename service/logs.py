@@ -77,13 +77,15 @@ class Lines(JsonFormatter):
         super().__init__()
         self._encode = json.JSONEncoder(default=str, separators=(",", ":")).encode
 
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line of a record; of one whose message is a dict, at once: there is one for every call."""
+        if isinstance(record.msg, dict):
+            return self._encode({**_head(record), **record.msg})
+        return super().format(record)
+
     def add_fields(self, log_data: LogData, record: logging.LogRecord, message_dict: dict[str, Any]) -> None:
         """Put time, level, logger and event first, then whatever the record carries."""
-        time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
-        log_data["time"] = time.replace("+00:00", "Z")
-        log_data["level"] = record.levelname
-        log_data["logger"] = record.name
-        log_data["event"] = _event(record)
+        log_data.update(_head(record), event=_event(record))
         log_data.update({key: value for key, value in record.__dict__.items() if key not in _RESERVED})
         log_data.update(message_dict)
         if "exc_info" in log_data:
@@ -96,6 +98,12 @@ class Lines(JsonFormatter):
     def formatException(self, ei: Any) -> str:  # noqa: ANN401, N802 - logging's name and type
         """Return the traceback without secrets, whoever logs it."""
         return traceback_text(ei[1], _current_request())
+
+
+def _head(record: logging.LogRecord) -> dict[str, object]:
+    """Return what every line starts with."""
+    time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+    return {"time": time.replace("+00:00", "Z"), "level": record.levelname, "logger": record.name}
 
 
 def _event(record: logging.LogRecord) -> str:

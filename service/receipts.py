@@ -48,7 +48,13 @@ class Intent:
     def of(cls, ring: Keyring, request: Message, request_id: uuid.UUID | None) -> Self:
         """Describe the call that this task serves."""
         call = current_call.get()
-        return cls(ring, call.caller, call.method, request_id, request.SerializeToString(deterministic=True))
+        if request_id is None:
+            return cls(ring, call.caller, call.method, None, b"")
+        content = type(request)()
+        content.CopyFrom(request)
+        # It finds the receipt. As a string it may be spelt in two cases.
+        content.ClearField("request_id")
+        return cls(ring, call.caller, call.method, request_id, content.SerializeToString(deterministic=True))
 
     async def claim(self, transaction: Transaction) -> Receipt | None:
         """Find the receipt of an earlier call, or make one, to be settled in this transaction.

@@ -253,6 +253,7 @@ def serve(tmp_path: Path, keys_file: Path) -> Serve:
             "listen": target,
             "metrics_listen": metrics,
             "cleanup_probability": 0,
+            "drain_delay": "0s",
             "unsafe_cheap_argon2": True,
             "argon2_memory_kib": 64,
             "argon2_time_cost": 1,

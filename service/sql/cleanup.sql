@@ -3,8 +3,9 @@
 --
 -- Left to itself, the planner would join a range of one table with the whole of another, or look for the rows that it
 -- has just found by reading the table again. So rows are deleted by their places (ctid), and other tables are asked row
--- by row: `offset 0` and scalar subqueries are not joined. A row's place is a promise only while it is locked. And the
--- pattern that tells our rows from others', which costs more than all else, stands in a `case`, to be tried last.
+-- by row: `offset 0` and scalar subqueries are not joined. A row that is changed while a statement looks at it gets a
+-- new place, at which the statement does not see it, and so it stays. The pattern that tells our rows from others', which
+-- costs more than all else, stands in a `case`, to be tried last.
 
 -- name: lock_cursor
 -- Take a table's cursor, unless another replica is sweeping that table now; blocks is the table's size. An insert that
@@ -35,22 +36,20 @@ select pg_relation_size(%(table_name)s::regclass) / current_setting('block_size'
 select set_config('lock_timeout', '100', true), set_config('statement_timeout', '2000', true)
 
 -- name: sweep_one_time_tokens
--- Expired tokens of ours. Without its state, a token lives as long as its type may at most. A token that was replaced
--- while this waited for nobody is judged anew by its own times, and its predecessor's state is not its own.
+-- Expired tokens of ours. Without its state, a token lives as long as any type may at most.
 with dead as materialized (
   select t.id, t.ctid as place, s.place as state_place
   from auth.one_time_tokens as t
   left join lateral (
-    select s.ctid as place, s.token_id, s.ttl
+    select s.ctid as place, s.ttl
     from onetime.one_time_token_states as s
     where s.user_id = t.user_id and s.token_type = t.token_type and s.token_id = t.id
     offset 0
   ) as s on true
   where t.ctid >= %(first)s::tid and t.ctid < %(end)s::tid
     and case
-      when t.created_at + coalesce(
-        case when s.token_id = t.id then s.ttl end, make_interval(secs => %(longest_ttl)s)
-      ) <= clock_timestamp() at time zone 'utc'
+      when t.created_at + coalesce(s.ttl, make_interval(secs => %(longest_ttl)s))
+        <= clock_timestamp() at time zone 'utc'
       then t.token_hash ~ '^ot[lch]1\.[a-z0-9]{1,16}\.'
     end
   for update of t skip locked

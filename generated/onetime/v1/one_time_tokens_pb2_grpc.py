@@ -86,7 +86,7 @@ class OneTimeTokenServiceServicer:
 
         Errors: INVALID_REQUEST, USER_NOT_FOUND (only where the host's table has a
         foreign key to its users), REQUEST_ID_REUSED. A retry whose token is gone
-        meanwhile: TOKEN_NOT_FOUND, TOKEN_EXPIRED.
+        meanwhile: TOKEN_NOT_FOUND, TOKEN_EXPIRED, ATTEMPTS_EXHAUSTED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

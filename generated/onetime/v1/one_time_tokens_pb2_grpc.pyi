@@ -47,7 +47,7 @@ class OneTimeTokenServiceStub:
 
     Errors: INVALID_REQUEST, USER_NOT_FOUND (only where the host's table has a
     foreign key to its users), REQUEST_ID_REUSED. A retry whose token is gone
-    meanwhile: TOKEN_NOT_FOUND, TOKEN_EXPIRED.
+    meanwhile: TOKEN_NOT_FOUND, TOKEN_EXPIRED, ATTEMPTS_EXHAUSTED.
     """
     CheckToken: _grpc.UnaryUnaryMultiCallable[_one_time_tokens_pb2.CheckTokenRequest, _one_time_tokens_pb2.CheckTokenResponse]
     """Tells whether a credential would be accepted, without spending it, so that
@@ -96,7 +96,7 @@ class OneTimeTokenServiceAsyncStub(OneTimeTokenServiceStub):
 
     Errors: INVALID_REQUEST, USER_NOT_FOUND (only where the host's table has a
     foreign key to its users), REQUEST_ID_REUSED. A retry whose token is gone
-    meanwhile: TOKEN_NOT_FOUND, TOKEN_EXPIRED.
+    meanwhile: TOKEN_NOT_FOUND, TOKEN_EXPIRED, ATTEMPTS_EXHAUSTED.
     """
     CheckToken: _aio.UnaryUnaryMultiCallable[_one_time_tokens_pb2.CheckTokenRequest, _one_time_tokens_pb2.CheckTokenResponse]  # type: ignore[assignment]
     """Tells whether a credential would be accepted, without spending it, so that
@@ -148,7 +148,7 @@ class OneTimeTokenServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Errors: INVALID_REQUEST, USER_NOT_FOUND (only where the host's table has a
         foreign key to its users), REQUEST_ID_REUSED. A retry whose token is gone
-        meanwhile: TOKEN_NOT_FOUND, TOKEN_EXPIRED.
+        meanwhile: TOKEN_NOT_FOUND, TOKEN_EXPIRED, ATTEMPTS_EXHAUSTED.
         """
 
     @_abc_1.abstractmethod
