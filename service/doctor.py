@@ -105,7 +105,7 @@ async def _database(connection: Connection, ring: Keyring | None) -> AsyncIterat
     server = await _rows(connection, _QUERIES["server"])
     yield Finding("database", "ok", f"PostgreSQL {server[0]['version']}")
     findings = [
-        *_durability(await _rows(connection, _TRUST)),
+        *_trust(await _rows(connection, _TRUST)),
         *_log_parameters(await _rows(connection, _QUERIES["unset_log_parameters"])),
     ]
     pending = await migrations.pending(connection)
@@ -119,13 +119,13 @@ async def _database(connection: Connection, ring: Keyring | None) -> AsyncIterat
         yield finding
 
 
-def _durability(rows: list[dict[str, Any]]) -> Iterator[Finding]:
-    """Tell whether the server would lose what it acknowledged."""
+def _trust(rows: list[dict[str, Any]]) -> Iterator[Finding]:
+    """Tell whether the server would lose what it acknowledged, or keep the role from its work."""
     for row in rows:
         fault, _, cure = row["fault"].partition(": ")
-        yield Finding("durability", "fail", fault, cure)
+        yield Finding("trust", "fail", fault, cure)
     if not rows:
-        yield Finding("durability", "ok", "what is acknowledged is on disk")
+        yield Finding("trust", "ok", "what is acknowledged is on disk, and the role may do its work")
 
 
 async def _schema(connection: Connection) -> list[Finding]:

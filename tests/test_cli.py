@@ -367,7 +367,7 @@ def test_doctor_finds_nothing_wrong(migrated_url: str, keys_file: Path) -> None:
             "keys",
             "hashing",
             "database",
-            "durability",
+            "trust",
             "server log",
             "schema",
             "migrations",
@@ -486,7 +486,7 @@ def test_doctor_writes_nothing(migrated_url: str, keys_file: Path) -> None:
             sql.SQL("alter database {} set default_transaction_read_only = on").format(sql.Identifier(name))
         )
     result = run("doctor", database_url=migrated_url, keys_file=keys_file)
-    assert findings(result.stdout)["fail"] <= {"durability"}
+    assert findings(result.stdout)["fail"] <= {"trust"}
     assert "bug" not in result.stderr
 
 

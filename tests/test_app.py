@@ -1,0 +1,133 @@
+"""The start: what a database must be before it is served from."""
+
+import asyncio
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+from calls import Client, reason
+from conftest import Serve, clean_environment, free_port
+from onetime.v1 import email_verification_pb2 as ev
+from psycopg import sql
+
+from service.devdb import embedded_postgres
+
+GRANTS = (
+    "grant usage on schema auth, onetime to {role}",
+    "grant select, insert, update, delete on auth.one_time_tokens, public.email_verification_tokens to {role}",
+    "grant select, insert, update, delete on all tables in schema onetime to {role}",
+    "grant select, insert on public.users to {role}",
+)
+"""As README documents them."""
+
+
+@pytest.fixture
+def role(migrated_url: str) -> Iterator[str]:
+    """A role that may log in, and nothing else."""
+    name = f"serving_{free_port()}"
+    with psycopg.connect(migrated_url, autocommit=True) as connection:
+        connection.execute(sql.SQL("create role {} login").format(sql.Identifier(name)))
+        yield name
+        connection.execute(sql.SQL("drop owned by {}").format(sql.Identifier(name)))
+        connection.execute(sql.SQL("drop role {}").format(sql.Identifier(name)))
+
+
+def grant(url: str, role: str) -> None:
+    """Give a role what README says that it needs."""
+    with psycopg.connect(url, autocommit=True) as connection:
+        for statement in GRANTS:
+            connection.execute(sql.SQL(statement).format(role=sql.Identifier(role)))
+
+
+def as_role(url: str, role: str) -> str:
+    """Return the URL for another role."""
+    return url.replace("//onetime@", f"//{role}@")
+
+
+def refused(url: str, keys_file: Path, listen: str = "") -> str:
+    """Start a server that must not start, and return what it says."""
+    result = subprocess.run(
+        [sys.executable, "-m", "service", "serve", "--insecure-loopback", "--no-migrate"],
+        env=clean_environment(database_url=url, keys_file=keys_file, listen=listen or f"127.0.0.1:{free_port()}"),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert result.returncode == 1, result.stderr
+    assert "Traceback" not in result.stderr
+    return result.stderr
+
+
+def test_a_role_without_privileges_is_told_all_that_it_lacks(migrated_url: str, role: str, keys_file: Path) -> None:
+    """The service does not start only to fail at its first call, and names every grant that helps."""
+    told = refused(as_role(migrated_url, role), keys_file)
+    for cure in (
+        f"grant usage on schema auth to {role}",
+        f"grant usage on schema onetime to {role}",
+        f"grant select, insert, update, delete on auth.one_time_tokens to {role}",
+        f"grant select, insert, update, delete on onetime.receipts to {role}",
+        f"grant select on public.users to {role}",
+    ):
+        assert cure in told
+
+
+async def test_a_role_with_the_documented_privileges_serves(serve: Serve, migrated_url: str, role: str) -> None:
+    """What README asks for is enough for every call and for the clean-up."""
+    grant(migrated_url, role)
+    async with serve(as_role(migrated_url, role), cleanup_probability=1) as server, server.channel() as channel:
+        client = Client(channel)
+        for digits in (0, 6):
+            issued = await client.issue(digits=digits)
+            await client.check(issued)
+            assert await client.consume(issued) == issued.token
+            assert await reason(client.consume(issued)) == "TOKEN_NOT_FOUND"
+        started = await client.start()
+        assert (await client.verify(started)).state == ev.STATE_USED
+        await asyncio.sleep(0.5)  # for the clean-up, which would complain in the log
+        assert "ERROR" not in server.log.read_text("utf-8")
+        assert "clean-up failed" not in server.log.read_text("utf-8")
+
+
+def test_row_level_security_that_hides_rows_is_refused(migrated_url: str, role: str, keys_file: Path) -> None:
+    """A policy that hides rows from the service would make live tokens unknown."""
+    grant(migrated_url, role)
+    with psycopg.connect(migrated_url, autocommit=True) as connection:
+        connection.execute("alter table auth.one_time_tokens enable row level security")
+    told = refused(as_role(migrated_url, role), keys_file)
+    assert "row level security hides rows of auth.one_time_tokens" in told
+
+
+@pytest.mark.parametrize("setting", ["fsync", "full_page_writes", "default_transaction_read_only"])
+def test_a_database_that_cannot_be_trusted_is_refused(setting: str, data_dir: Path, keys_file: Path) -> None:
+    """What would lose acknowledged tokens, or take none, is refused at the start with its cure."""
+    value = "on" if setting.startswith("default") else "off"
+    with embedded_postgres(data_dir, settings={setting: value} if value == "off" else {}) as url:
+        if value == "on":
+            with psycopg.connect(url, autocommit=True) as connection:
+                connection.execute("alter role onetime set default_transaction_read_only = on")
+        told = refused(url, keys_file)
+    assert ("it takes no writes" if value == "on" else f"{setting} is off: set it on") in told
+
+
+async def test_a_taken_address_is_told(serve: Serve, migrated_url: str, keys_file: Path) -> None:
+    """A second server on one address is a mistake, and is told so."""
+    async with serve(migrated_url) as server:
+        told = await asyncio.to_thread(refused, migrated_url, keys_file, server.target)
+        assert f"cannot listen on {server.target}" in told
+
+
+def test_a_database_that_is_not_there_is_told(keys_file: Path) -> None:
+    """The message names what to check, and no password."""
+    told = refused("postgresql://app:geheim@127.0.0.1:1/app", keys_file)
+    assert "check database_url" in told
+    assert "geheim" not in told
+
+
+def test_a_database_that_is_not_migrated_is_told(database_url: str, keys_file: Path) -> None:
+    """Without the right to migrate, the service says what helps."""
+    assert "`onetime migrate` helps" in refused(database_url, keys_file)
