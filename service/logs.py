@@ -24,7 +24,13 @@ from service.call import current_call
 
 REDACTED: Final = "[redacted]"
 
-_LONGEST_STRING: Final = 256
+_HARMLESS: Final = re.compile(
+    r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}"  # a UUID
+    r"|[a-z]{1,20}([./][A-Za-z0-9_]{1,40}){1,8}"  # the name of a service, a message or a file
+    r"|[A-Za-z]{1,8}(-[A-Za-z0-9]{1,8}){0,3}"  # a language tag
+)
+"""Texts that are shown. A caller that mixes up its fields puts an address or a secret where an id belongs."""
+
 _LONGEST_LIST: Final = 16
 """What is shown of a field. A caller must not fill our disk by filling a field that is refused anyway."""
 
@@ -176,8 +182,8 @@ def _one_shown(field: FieldDescriptor, value: Any) -> object:  # noqa: ANN401 - 
 
 
 def _cut(value: object) -> object:
-    """Return a value, shortened if it is a long string."""
-    return f"{value[:_LONGEST_STRING]}…" if isinstance(value, str) and len(value) > _LONGEST_STRING else value
+    """Return a value; of a text that is none of those to be shown, its length."""
+    return f"[{len(value)} characters]" if isinstance(value, str) and not _HARMLESS.fullmatch(value) else value
 
 
 def _secrets(message: Message) -> Iterator[str]:

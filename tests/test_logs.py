@@ -127,7 +127,7 @@ def test_what_is_shown_of_a_request() -> None:
 def test_nested_messages_oneofs_and_lists() -> None:
     """Marked fields are found in nested messages, in oneofs and in lists."""
     nested = ott.ConsumeTokenRequest(code=ott.CodeCredential(user_id="the user", code="123456"))
-    assert logs.redacted(nested) == {"code": {"user_id": "the user", "code": "[redacted]"}}
+    assert logs.redacted(nested) == {"code": {"user_id": "[8 characters]", "code": "[redacted]"}}
     oneof = ev.GetEmailVerificationRequest(email_verification_token=TOKEN)
     assert logs.redacted(oneof) == {"email_verification_token": "[redacted]"}
     deeper = ev.StartEmailVerificationRequest(send_email=ev.SendEmail(email=ADDRESS, locale="en"))
@@ -136,6 +136,15 @@ def test_nested_messages_oneofs_and_lists() -> None:
     assert logs.redacted(messages) == {"tokens": [{"id": "a", "relates_to": "[redacted]"}, {"id": "b"}]}
     enums = ott.RevokeTokensRequest(token_types=[ott.TOKEN_TYPE_RECOVERY, ott.TOKEN_TYPE_CONFIRMATION])
     assert logs.redacted(enums) == {"token_types": ["TOKEN_TYPE_RECOVERY", "TOKEN_TYPE_CONFIRMATION"]}
+
+
+@pytest.mark.parametrize(
+    "text", [ADDRESS, TOKEN, TOKEN[:43], "123456", "+15550100", "", "0b7c8a52-2c0f-4d2c-8d59-0a7c5f1f1d0e\n"]
+)
+def test_what_stands_in_the_wrong_field_is_not_shown(text: str) -> None:
+    """A caller that mixes up its fields puts an address or a secret where an id belongs: its length is told."""
+    shown = str(logs.redacted(ott.ListTokensRequest(user_id=text)))
+    assert shown == (f"{{'user_id': '[{len(text)} characters]'}}" if text else "{}")
 
 
 def test_a_request_cannot_fill_the_disk() -> None:
