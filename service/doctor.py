@@ -149,11 +149,11 @@ def _log_parameters(rows: list[dict[str, Any]]) -> Iterator[Finding]:
         yield Finding(
             "server log",
             "warn",
-            f"parameters of statements may be written to it: the role {row['role']} may not set {row['name']}",
+            f"addresses and digests may be written to it: the role {row['role']} may not set {row['name']}",
             f'grant set on parameter {row["name"]} to "{row["role"]}"; as a superuser',
         )
     if not rows:
-        yield Finding("server log", "ok", "parameters of statements are kept out of it")
+        yield Finding("server log", "ok", "parameters of statements and rows are kept out of it")
 
 
 def _foreign(rows: list[dict[str, Any]]) -> Iterator[Finding]:

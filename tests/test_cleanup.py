@@ -55,6 +55,12 @@ def settings(migrated_url: str) -> Settings:
     return Settings(database_url=migrated_url)
 
 
+@pytest.fixture(scope="module")
+def defaults() -> Settings:
+    """Settings that are all their defaults."""
+    return Settings()
+
+
 @pytest.fixture
 async def pool(settings: Settings) -> AsyncIterator[Pool]:
     """The connection of a clean-up in this process."""
@@ -423,12 +429,12 @@ def blocks_read(plan: Mapping[str, Any]) -> int:
 
 @pytest.mark.parametrize("table", TABLES)
 def test_a_sweep_costs_the_same_in_a_large_table(
-    large: Database, database: Database, settings: Settings, table: LiteralString
+    large: Database, database: Database, defaults: Settings, table: LiteralString
 ) -> None:
     """What a sweep reads does not depend on a table's size, nor on that of the tables beside it."""
     fill(database, MANY // 20, expired="n % 2 = 0")
     database.execute("vacuum (analyze)")
-    query, params = load_queries("cleanup")[SWEEPS[table]], sweep_params(settings, 64)
+    query, params = load_queries("cleanup")[SWEEPS[table]], sweep_params(defaults, 64)
     plans = [analysed(each, query, params) for each in (database, large)]
     small_cost, large_cost = map(blocks_read, plans)
     # Twenty times the rows, and one level more of an index.
@@ -493,10 +499,10 @@ HOT: Final = [
 
 
 @pytest.mark.parametrize(("stem", "name"), HOT, ids=[f"{stem}.{name}" for stem, name in HOT])
-def test_no_statement_reads_a_large_table_whole(large: Database, settings: Settings, stem: str, name: str) -> None:
+def test_no_statement_reads_a_large_table_whole(large: Database, defaults: Settings, stem: str, name: str) -> None:
     """Each statement of a call finds its rows by an index, whether they are there or not, and with any plan."""
     query = load_queries(stem)[name]
-    for params in hot_params(large, stem, settings):
+    for params in hot_params(large, stem, defaults):
         ((row,),) = [large.execute(f"explain (format json)\n{query}", params).fetchall()]
         assert read_whole(row["QUERY PLAN"][0]["Plan"]) == set()
     # psycopg prepares what it runs often, and then the server may plan without looking at the parameters.

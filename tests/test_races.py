@@ -243,7 +243,7 @@ def guessing(kind: Kind, clients: Sequence[Client], made: object) -> list[Call]:
 async def test_one_of_many_callers_succeeds(replicas: Replicas, clients: list[Client], kind: Kind) -> None:
     """Of any number of callers who spend one token at once, on two servers, exactly one succeeds."""
     with connected(replicas.url) as database:
-        for _ in range(5):
+        for _ in range(3):
             made = await kind.make(clients[0])
             outcomes = await at_once(spending(kind, clients, made, callers=CALLERS))
             counts = words(outcomes)

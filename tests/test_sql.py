@@ -25,10 +25,7 @@ PLANS: Final = pytest.mark.parametrize(
     "plan",
     [
         "enable_hashjoin = off",
-        pytest.param(
-            "enable_nestloop = off",
-            marks=pytest.mark.xfail(reason="both are told OK where all rows are locked before the first is deleted"),
-        ),
+        "enable_nestloop = off",
     ],
 )
 """The planner may join either way, as it finds a table small or large."""

@@ -1,5 +1,5 @@
 -- Clean-up: each statement sweeps a range of a table's blocks, so that it costs the same in a table of any size, and
--- passes over rows that somebody else has locked, so that it waits for nobody.
+-- passes over rows that somebody else has locked, so that it waits for nobody. A token and its state go together.
 --
 -- Left to itself, the planner would join a range of one table with the whole of another, or look for the rows that it
 -- has just found by reading the table again. So rows are deleted by their places (ctid), and other tables are asked row
@@ -36,7 +36,7 @@ select pg_relation_size(%(table_name)s::regclass) / current_setting('block_size'
 select set_config('lock_timeout', '100', true), set_config('statement_timeout', '2000', true)
 
 -- name: sweep_one_time_tokens
--- Expired tokens of ours. Without its state, a token lives as long as any type may at most.
+-- Expired tokens of ours, with their states. Without its state, a token lives as long as any type may at most.
 with dead as materialized (
   select t.id, t.ctid as place, s.place as state_place
   from auth.one_time_tokens as t
@@ -53,26 +53,35 @@ with dead as materialized (
       then t.token_hash ~ '^ot[lch]1\.[a-z0-9]{1,16}\.'
     end
   for update of t skip locked
-), token as (
-  delete from auth.one_time_tokens as t
-  where t.ctid = any (array(select d.place from dead as d))
-  returning t.id
 ), locked_state as materialized (
   select s.ctid as place
   from onetime.one_time_token_states as s
-  where s.ctid = any (array(select d.state_place from dead as d join token using (id)))
-  for update skip locked
+  where s.ctid = any (array(select d.state_place from dead as d))
+  for update of s skip locked
+), token as (
+  delete from auth.one_time_tokens as t
+  where t.ctid = any (array(
+    select d.place from dead as d left join locked_state as l on l.place = d.state_place
+    where d.state_place is null or l.place is not null
+  ))
+  returning t.id
 ), state as (
   delete from onetime.one_time_token_states as s
-  where s.ctid = any (array(select l.place from locked_state as l))
+  where s.ctid = any (array(select d.state_place from dead as d join token using (id)))
 )
 select count(*) as removed from token
 
 -- name: sweep_email_verification_tokens
--- Expired verifications of ours; used and cancelled ones after their retention.
+-- Expired verifications of ours, with their states; used and cancelled ones after their retention.
 with dead as materialized (
-  select t.ctid as place
+  select t.id, t.ctid as place, s.place as state_place
   from public.email_verification_tokens as t
+  left join lateral (
+    select s.ctid as place
+    from onetime.email_verification_states as s
+    where s.token_hash = t.email_verification_token
+    offset 0
+  ) as s on true
   where t.ctid >= %(first)s::tid and t.ctid < %(end)s::tid
     and case
       when case
@@ -83,18 +92,21 @@ with dead as materialized (
       then t.email_verification_token ~ '^ev1\.[a-z0-9]{1,16}\.'
     end
   for update of t skip locked
-), token as (
-  delete from public.email_verification_tokens as t
-  where t.ctid = any (array(select d.place from dead as d))
-  returning t.email_verification_token as token_hash
 ), locked_state as materialized (
   select s.ctid as place
   from onetime.email_verification_states as s
-  where s.token_hash = any (array(select t.token_hash from token as t))
-  for update skip locked
+  where s.ctid = any (array(select d.state_place from dead as d))
+  for update of s skip locked
+), token as (
+  delete from public.email_verification_tokens as t
+  where t.ctid = any (array(
+    select d.place from dead as d left join locked_state as l on l.place = d.state_place
+    where d.state_place is null or l.place is not null
+  ))
+  returning t.id
 ), state as (
   delete from onetime.email_verification_states as s
-  where s.ctid = any (array(select l.place from locked_state as l))
+  where s.ctid = any (array(select d.state_place from dead as d join token using (id)))
 )
 select count(*) as removed from token
 

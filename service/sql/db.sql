@@ -2,7 +2,7 @@
 
 -- name: configure_session
 -- UTC, so that no session setting changes what a timestamp means; time limits; a commit that is on disk before it is
--- acknowledged; and, where the role may, no parameters in the server's log: they hold addresses and digests.
+-- acknowledged; and, where the role may, neither parameters nor rows in the server's log: they hold addresses and digests.
 select
   set_config('timezone', 'UTC', false),
   set_config('statement_timeout', %(statement_timeout)s, false),
@@ -17,6 +17,9 @@ select
   end,
   case when has_parameter_privilege(current_user, 'log_parameter_max_length_on_error', 'SET') then
     set_config('log_parameter_max_length_on_error', '0', false)
+  end,
+  case when has_parameter_privilege(current_user, 'log_error_verbosity', 'SET') then
+    set_config('log_error_verbosity', 'terse', false)
   end
 
 -- name: charge_nobody

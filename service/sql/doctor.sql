@@ -12,7 +12,7 @@ select current_setting('server_version') as version
 -- Settings that keep parameters out of the server's log, and that this role may not set: addresses and digests are in
 -- the parameters.
 select name, current_user as role
-from unnest(array['log_parameter_max_length', 'log_parameter_max_length_on_error']) as name
+from unnest(array['log_error_verbosity', 'log_parameter_max_length', 'log_parameter_max_length_on_error']) as name
 where not has_parameter_privilege(current_user, name, 'SET')
 
 -- name: foreign_rows

@@ -115,23 +115,27 @@ with request as (
     on s.user_id = t.user_id and s.token_type = t.token_type and s.token_id = t.id
   order by t.user_id, t.token_type
   for update of t
-), live as materialized (
-  select * from locked where created_at + ttl > clock_timestamp() at time zone 'utc'
+), judged as materialized (
+  select *, created_at + ttl <= clock_timestamp() at time zone 'utc' as expired from locked
+), first as materialized (
+  -- One link twice in a set is one success too.
+  select distinct on (id) ord, id from judged where not expired order by id, ord
 ), token as (
-  delete from auth.one_time_tokens as t using live as l where t.id = l.id
+  delete from auth.one_time_tokens as t using first as f where t.id = f.id
   returning t.id, t.user_id, t.token_type
 ), state as (
   delete from onetime.one_time_token_states as s using token as t
   where s.user_id = t.user_id and s.token_type = t.token_type and s.token_id = t.id
 )
 select
-  l.ord, l.id, l.user_id, l.token_type, l.token_hash, l.relates_to, l.failed_attempts,
-  l.created_at at time zone 'utc' as create_time,
-  l.updated_at at time zone 'utc' as update_time,
-  (l.created_at + l.ttl) at time zone 'utc' as expire_time,
-  t.id is null as expired
-from locked as l
-left join token as t using (id)
+  j.ord, j.id, j.user_id, j.token_type, j.token_hash, j.relates_to, j.failed_attempts, j.expired,
+  j.created_at at time zone 'utc' as create_time,
+  j.updated_at at time zone 'utc' as update_time,
+  (j.created_at + j.ttl) at time zone 'utc' as expire_time
+from judged as j
+left join first as f using (ord, id)
+left join token as t on t.id = f.id
+where j.expired or t.id is not null
 
 -- name: charge_codes
 -- Count an attempt on each token that a code was presented for, before anybody compares it. The row's lock makes the
@@ -229,18 +233,22 @@ with request as (
     on s.user_id = t.user_id and s.token_type = t.token_type and s.token_id = t.id
   order by t.user_id, t.token_type
   for update of t
-), live as materialized (
-  select * from locked where created_at + ttl > clock_timestamp() at time zone 'utc'
+), judged as materialized (
+  select ord, id, created_at + ttl <= clock_timestamp() at time zone 'utc' as expired from locked
+), first as materialized (
+  select distinct on (id) ord, id from judged where not expired order by id, ord
 ), token as (
-  delete from auth.one_time_tokens as t using live as l where t.id = l.id
+  delete from auth.one_time_tokens as t using first as f where t.id = f.id
   returning t.id, t.user_id, t.token_type
 ), state as (
   delete from onetime.one_time_token_states as s using token as t
   where s.user_id = t.user_id and s.token_type = t.token_type and s.token_id = t.id
 )
-select l.ord, l.id, t.id is null as expired
-from locked as l
-left join token as t using (id)
+select j.ord, j.id, j.expired
+from judged as j
+left join first as f using (ord, id)
+left join token as t on t.id = f.id
+where j.expired or t.id is not null
 
 -- name: revoke_tokens
 -- Delete users' tokens. Expired ones go too, uncounted.
