@@ -455,7 +455,7 @@ def test_doctor_warns_of_parameters_in_the_servers_log(plain_role: str, migrated
     text = done("doctor", database_url=plain_role, keys_file=keys_file)
     assert findings(text)["warn"] == {"server log"}
     cures = re.findall(r"-> (grant set on parameter \S+ to \S+); as a superuser", text)
-    assert len(cures) == 2
+    assert len(cures) == 3
     with psycopg.connect(migrated_url) as connection:
         for cure in cures:
             connection.execute(cure)
