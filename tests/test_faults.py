@@ -208,15 +208,30 @@ class Load:
 
     async def check(self, client: Client, url: str) -> None:
         """See, through a server that is well, that what was told holds, and that nothing happened twice."""
-        for issued in self.spent:
+
+        async def gone(issued: ott.IssueTokenResponse) -> None:
             assert (await refused(client.consume(issued))).reason == "TOKEN_NOT_FOUND"
-        for issued, request_id in self.unsure:
+
+        async def found_out(issued: ott.IssueTokenResponse, request_id: str) -> None:
             # It took effect whole or not at all, and its repetition finds out, or does it now.
-            spent = await client.consume(issued, request_id=request_id)
-            assert spent.id == issued.token.id
-            assert (await refused(client.consume(issued))).reason == "TOKEN_NOT_FOUND"
-        for issued in self.issued:
+            assert (await client.consume(issued, request_id=request_id)).id == issued.token.id
+            await gone(issued)
+
+        async def good(issued: ott.IssueTokenResponse) -> None:
             assert (await client.consume(issued)).id == issued.token.id
+
+        checks: list[Awaitable[None]] = [
+            *map(gone, self.spent),
+            *(found_out(issued, request_id) for issued, request_id in self.unsure),
+            *map(good, self.issued),
+        ]
+        turns = asyncio.Semaphore(8)
+
+        async def in_turn(check: Awaitable[None]) -> None:
+            async with turns:
+                await check
+
+        await asyncio.gather(*map(in_turn, checks))
         with connected(url) as database:
             for issued, guesses in self.guessed:
                 assert set(guesses) <= {"CODE_MISMATCH", "DATABASE_UNAVAILABLE", "OUTCOME_UNKNOWN", "-"}
@@ -259,10 +274,11 @@ async def test_a_restart_in_idle_times_goes_unnoticed(serve: Serve, migrated_url
             for _ in range(3):
                 issued = [await client.issue(digits=n % 2 * 6) for n in range(8)]
                 started = [await client.start() for _ in range(4)]
-                database.execute(
-                    "select pg_terminate_backend(pid, 5000) from pg_stat_activity"
-                    " where datname = current_database() and application_name = 'onetime'"
-                )
+                sessions = "from pg_stat_activity where datname = current_database() and application_name = 'onetime'"
+                old = database.execute(f"select pid, pg_terminate_backend(pid) {sessions}").fetchall()
+                pids = [row["pid"] for row in old]
+                while database.execute(f"select {sessions} and pid = any(%s)", [pids]).rowcount:
+                    pass
                 calls = [
                     *(client.consume(each) for each in issued),
                     *(client.verify(each) for each in started),
