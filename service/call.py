@@ -4,7 +4,7 @@ Set once per call by the interceptors. What lies below them reads `Call`; only t
 """
 
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +14,31 @@ import grpc.aio
 from google.protobuf.message import Message
 
 ANONYMOUS = "anonymous"
-"""The caller where nobody is asked who they are: plain text on loopback."""
+"""The caller who has not been asked who they are: on plain text on loopback, or of health, which is open to all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Permissions:
+    """What a caller may do. None stands for all there are."""
+
+    rpcs: frozenset[str] | None
+    """Full names, such as `onetime.v1.OneTimeTokenService/IssueToken`."""
+    token_types: frozenset[str] | None
+    """Labels of auth.one_time_token_type."""
+    return_code: bool
+    """Whether it may have the codes of email verifications, to mail them itself."""
+    send_email: bool
+    """Whether it may have codes mailed."""
+    any_caller: bool
+    """Whether it sees the email verifications that others started."""
+
+    def may_use(self, token_type: str) -> bool:
+        """Tell whether it may deal with tokens of a type."""
+        return self.token_types is None or token_type in self.token_types
+
+
+EVERYTHING = Permissions(rpcs=None, token_types=None, return_code=True, send_email=True, any_caller=True)
+NOTHING = Permissions(rpcs=frozenset(), token_types=frozenset(), return_code=False, send_email=False, any_caller=False)
 
 
 @dataclass(slots=True)
@@ -29,10 +53,16 @@ class Call:
     """Names the call in the log. Not the request_id of the message, which names the caller's intent."""
     caller: str = ANONYMOUS
     """Who calls, as the policy names it. Receipts and verifications belong to it."""
+    permissions: Permissions = NOTHING
+    """What that caller may do."""
     deadline: float | None = None
     """When the caller stops waiting, by `time.monotonic()`. For how long to try, never for what to decide."""
     request: Message | None = None
     """The message that was received, once it is understood; of a stream, the newest."""
+    in_doubt: bool = False
+    """Whether COMMIT was sent for this call, and its outcome is not known yet."""
+    subject: Mapping[str, str] = field(default_factory=dict)
+    """Whom and what it is about, as far as the database has told: ids and purposes, for the audit event."""
 
     def remaining(self) -> float | None:
         """Return the seconds until the deadline, 0 or less once it has passed, or None without one."""

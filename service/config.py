@@ -250,6 +250,44 @@ class Settings(BaseSettings):
         right="a path",
         group="Where",
     )
+    policy_file: Path | None = _setting(
+        None,
+        "The TOML file that says who may call what. Read again when it changes.",
+        right="a path",
+        group="Callers",
+    )
+    tls_cert: Path | None = _setting(
+        None,
+        "The server's certificate and those that lead to its authority, in PEM. Read again when it changes.",
+        right="a path",
+        group="Callers",
+    )
+    tls_key: Path | None = _setting(
+        None,
+        "The private key of that certificate, in PEM. Read again when it changes.",
+        right="a path",
+        group="Callers",
+    )
+    tls_client_ca: Path | None = _setting(
+        None,
+        "The authorities whose client certificates are taken, in PEM: with it, every caller must have one."
+        " Read again when it changes.",
+        right="a path",
+        group="Callers",
+    )
+    health_listen: str | None = _setting(
+        None,
+        "Where health alone is served, in plain text, for probes that have neither certificate nor key. Off if unset.",
+        right="host:port or [IPv6]:port, such as 127.0.0.1:50052,",
+        group="Callers",
+    )
+    max_connection_age: Duration = _time(
+        "10m",
+        "How long a connection lives: so long may a withdrawn certificate be of use on one that is open.",
+        "1s",
+        "1d",
+        group="Callers",
+    )
     keys_file: Path | None = _setting(
         None,
         "The file with the keys; `onetime keys` makes and changes it.",
@@ -299,6 +337,49 @@ class Settings(BaseSettings):
     )
     max_attempts: Number = _whole(5, "Wrong codes that are compared for one token.", 1, 100, group="Codes")
 
+    # Limits
+
+    failures_per_window: Number = _whole(
+        10,
+        "Wrong codes that are compared for one user and purpose in any time of --failure-window.",
+        1,
+        1000,
+        group="Limits",
+    )
+    failure_window: Duration = _time(
+        "15m", "The time in which --failures-per-window are counted.", "1s", "1d", group="Limits"
+    )
+    failures_per_day: Number = _whole(
+        50, "Wrong codes that are compared for one user and purpose in any 24 hours.", 1, 1000, group="Limits"
+    )
+    failures_in_a_row: Number = _whole(
+        100,
+        "Wrong codes in a row, without a right one, that stop the codes of one user and purpose.",
+        1,
+        10_000,
+        group="Limits",
+    )
+    stop_time: Duration = _time(
+        "24h", "How long such a stop lasts. Each further wrong code doubles it.", "1s", "365d", group="Limits"
+    )
+    longest_stop: Duration = _time("7d", "The longest such stop.", "1s", "365d", group="Limits")
+    send_interval: Duration = _time(
+        "1m", "The least time between two sends of one verification's code.", "0s", "1d", group="Limits"
+    )
+    sends_per_window: Number = _whole(
+        5,
+        "Tokens and codes issued and sent for one user and purpose in any time of --send-window.",
+        1,
+        1000,
+        group="Limits",
+    )
+    send_window: Duration = _time(
+        "10m", "The time in which --sends-per-window are counted.", "1s", "1d", group="Limits"
+    )
+    sends_per_day: Number = _whole(
+        20, "Tokens and codes issued and sent for one user and purpose in any 24 hours.", 1, 1000, group="Limits"
+    )
+
     # Lifetimes. The ceilings come first: a lifetime is held against its ceiling.
 
     confirmation_max_ttl: Duration = _max_ttl("24h", "a confirmation token")
@@ -337,6 +418,13 @@ class Settings(BaseSettings):
     # Running
 
     call_timeout: Duration = _time("5s", "The longest that a call may take.", "100ms", "1m", group="Running")
+    max_concurrent_calls: Number = _whole(
+        512,
+        "Calls under way at once, before more are refused. A caller alone gets four fifths of them.",
+        5,
+        100_000,
+        group="Running",
+    )
     pool_size: Number = _whole(8, "Connections to the database.", 1, 100, group="Running")
     drain_delay: Duration = _time(
         "2s",

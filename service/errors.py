@@ -9,10 +9,15 @@
     │   ├── TokenCancelled      FAILED_PRECONDITION  TOKEN_CANCELLED
     │   ├── TokenExpired        FAILED_PRECONDITION  TOKEN_EXPIRED
     │   ├── AttemptsExhausted   FAILED_PRECONDITION  ATTEMPTS_EXHAUSTED
-    │   └── CodeMismatch        FAILED_PRECONDITION  CODE_MISMATCH
+    │   ├── CodeMismatch        FAILED_PRECONDITION  CODE_MISMATCH
+    │   └── TooManyFailures     RESOURCE_EXHAUSTED   TOO_MANY_FAILURES
     ├── RequestIdReused         FAILED_PRECONDITION  REQUEST_ID_REUSED
     ├── MailNotConfigured       FAILED_PRECONDITION  MAIL_NOT_CONFIGURED
+    ├── TooSoon                 RESOURCE_EXHAUSTED   TOO_SOON
+    ├── TooManySends            RESOURCE_EXHAUSTED   TOO_MANY_SENDS
     ├── Overloaded              RESOURCE_EXHAUSTED   OVERLOADED
+    ├── CallerUnknown           UNAUTHENTICATED      CALLER_UNKNOWN
+    ├── CallerNotAllowed        PERMISSION_DENIED    CALLER_NOT_ALLOWED
     ├── DatabaseUnavailable     UNAVAILABLE          DATABASE_UNAVAILABLE
     ├── OutcomeUnknown          UNAVAILABLE          OUTCOME_UNKNOWN
     └── InternalError           INTERNAL             INTERNAL
@@ -23,6 +28,7 @@ for every credential that is refused, so that nobody learns from it which tokens
 This module knows how an error looks on the wire, and nothing of when it is raised.
 """
 
+import math
 from collections.abc import Mapping
 from datetime import timedelta
 
@@ -188,6 +194,68 @@ class MailNotConfigured(OnetimeError):
     status = grpc.StatusCode.FAILED_PRECONDITION
     reason = "MAIL_NOT_CONFIGURED"
     sentence = "the service has no mail server to send with; use return_code and mail the code yourself"
+
+
+class TooManyFailures(CredentialError):
+    """Too many wrong codes were tried for this user and purpose. Nothing was compared, and nothing counted."""
+
+    status = grpc.StatusCode.RESOURCE_EXHAUSTED
+    reason = "TOO_MANY_FAILURES"
+    sentence = "too many wrong codes were tried for this user and purpose; nothing was compared"
+
+    def __init__(self, seconds: float) -> None:
+        """Take how long codes are refused."""
+        super().__init__()
+        self.retry_after = _whole_seconds(seconds)
+
+
+class TooSoon(OnetimeError):
+    """The code of this verification was sent a moment ago. Nothing was sent."""
+
+    status = grpc.StatusCode.RESOURCE_EXHAUSTED
+    reason = "TOO_SOON"
+    sentence = "the code was sent a moment ago; nothing was sent"
+    public = "Please wait a moment before you ask for another code."
+
+    def __init__(self, seconds: float) -> None:
+        """Take how long sending is refused."""
+        super().__init__()
+        self.retry_after = _whole_seconds(seconds)
+
+
+class TooManySends(OnetimeError):
+    """Too much was issued or sent for this user and purpose. Nothing changed: what was issued before holds."""
+
+    status = grpc.StatusCode.RESOURCE_EXHAUSTED
+    reason = "TOO_MANY_SENDS"
+    sentence = "too much was issued or sent for this user and purpose; nothing changed"
+    public = "Please wait a while before you ask for another one."
+
+    def __init__(self, seconds: float) -> None:
+        """Take how long issuing and sending is refused."""
+        super().__init__()
+        self.retry_after = _whole_seconds(seconds)
+
+
+def _whole_seconds(seconds: float) -> timedelta:
+    """Return a time for RetryInfo, at which the caller does not come too early."""
+    return timedelta(seconds=max(math.ceil(seconds), 1))
+
+
+class CallerUnknown(OnetimeError):
+    """Nothing that the caller presented says who it is."""
+
+    status = grpc.StatusCode.UNAUTHENTICATED
+    reason = "CALLER_UNKNOWN"
+    sentence = "present a client certificate or an API key that this server knows"
+
+
+class CallerNotAllowed(OnetimeError):
+    """The policy does not let this caller do this."""
+
+    status = grpc.StatusCode.PERMISSION_DENIED
+    reason = "CALLER_NOT_ALLOWED"
+    sentence = "the policy does not let this caller do this"
 
 
 class Overloaded(OnetimeError):

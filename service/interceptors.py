@@ -27,7 +27,7 @@ from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import DecodeError, Message
 
 from service import metrics
-from service.call import ServedCall, current_call
+from service.call import EVERYTHING, ServedCall, current_call
 from service.errors import InternalError, InvalidRequest, OnetimeError
 from service.logs import redacted, traceback_text
 
@@ -420,6 +420,7 @@ def _around(
         )
         if remaining is not None:
             call.deadline = call.started + remaining
+        call.permissions = EVERYTHING
         current_call.set(call)
         try:
             return await chain(call)
