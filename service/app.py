@@ -7,7 +7,9 @@ import asyncio
 import contextlib
 import logging
 import signal
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Final
 
 import grpc
@@ -16,6 +18,8 @@ import psycopg
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 from onetime.v1 import (
+    admin_pb2,
+    admin_pb2_grpc,
     email_verification_pb2,
     email_verification_pb2_grpc,
     one_time_tokens_pb2,
@@ -23,15 +27,19 @@ from onetime.v1 import (
 )
 from psycopg.rows import dict_row
 
-from service import interceptors, metrics, migrations
+from service import interceptors, metrics, migrations, reload
+from service.admin import Admin
+from service.callers import Callers, Contract
 from service.cleanup import Cleanup
-from service.config import Settings, load_keyring, parse_listen
-from service.crypto import argon2_parameters
+from service.config import Settings, SettingsError, load_keyring, option_of, parse_keys, parse_listen
+from service.crypto import Keyring, argon2_parameters
 from service.db import CONNECT_TIMEOUT_S, Database, load_queries
 from service.email_verification import EmailVerifications
 from service.errors import DatabaseUnavailable
+from service.fields import STORED_TYPES
 from service.hashing import Hashing
 from service.one_time_tokens import OneTimeTokens
+from service.reload import ServerCertificate, Watched
 
 _LOG = logging.getLogger(__name__)
 _QUERIES = load_queries("app")
@@ -39,6 +47,7 @@ _QUERIES = load_queries("app")
 SERVICES: Final = (
     one_time_tokens_pb2.DESCRIPTOR.services_by_name["OneTimeTokenService"],
     email_verification_pb2.DESCRIPTOR.services_by_name["EmailVerificationService"],
+    admin_pb2.DESCRIPTOR.services_by_name["AdminService"],
 )
 """Our own services, each with an entry in health."""
 
@@ -52,6 +61,13 @@ SERVER_OPTIONS: Final = (
     ("grpc.so_reuseport", 0),  # a second server on the port is a mistake, and is told so
     ("grpc.max_receive_message_length", 64 * 1024),  # the largest request has under 2 KiB
     ("grpc.max_send_message_length", 64 * 1024),  # ListTokens has six tokens at most; reflection's files fit too
+    # To one connection. What comes beyond is refused by gRPC as UNAVAILABLE, so it is far above what admission lets one
+    # caller have. Streams that were cancelled and are not cleared away yet count too: this stops a rapid reset.
+    ("grpc.max_concurrent_streams", 1024),
+    # Of one method, before our code hears of them: a flood of calls that are reset at once must not fill this up, or
+    # gRPC refuses other clients' calls in their stead. Admission decides.
+    ("grpc.server.max_pending_requests", 100_000),
+    ("grpc.server.max_pending_requests_hard_limit", 100_000),
     ("grpc.max_metadata_size", 8 * 1024),  # soft: from here on, a chance to be refused
     ("grpc.absolute_max_metadata_size", 16 * 1024),
     ("grpc.keepalive_time_ms", 60_000),  # finds clients that are gone
@@ -60,6 +76,9 @@ SERVER_OPTIONS: Final = (
     ("grpc.http2.min_ping_interval_without_data_ms", 20_000),  # clients may ping as often
     ("grpc.http2.max_ping_strikes", 2),
 )
+
+AGE_GRACE_S: Final = 1.0
+"""What a connection that is too old has beyond `call_timeout`: every unary call on it ends in that time."""
 
 HEALTH_INTERVAL_S: Final = 1.0
 HEALTH_TIMEOUT_S: Final = 2.0
@@ -75,12 +94,18 @@ class StartError(Exception):
 
 
 async def serve(
-    settings: Settings, *, reflect: bool, migrate: bool, on_ready: Callable[[str], None] = lambda _: None
+    settings: Settings,
+    *,
+    plain_text: bool,
+    reflect: bool,
+    migrate: bool,
+    on_ready: Callable[[str], None] = lambda _: None,
 ) -> None:
     """Serve until the first SIGINT or SIGTERM, then let calls under way end; a second signal ends at once.
 
     Args:
         settings: Checked settings.
+        plain_text: Whether to serve whoever comes, in plain text. Otherwise callers are identified.
         reflect: Whether to offer server reflection, so that grpcurl needs no protos.
         migrate: Whether to migrate the database first. Otherwise it must be up to date.
         on_ready: Called with the address as soon as calls are served.
@@ -88,9 +113,10 @@ async def serve(
     Raises:
         StartError: The database is not to be had, or would lose what it acknowledged; or the address is taken.
         MigrationRefused: The database is not as `migrate` needs it.
-        SettingsError: The keys are not to be had.
+        SettingsError: Keys, policy or certificate are not to be had, or not right.
     """
-    ring = load_keyring(settings)
+    files = read_files(settings, plain_text=plain_text)
+    ring, certificate = files.ring, files.certificate
     adds_users = await prepare_database(settings, migrate=migrate)
     stop, hurry = asyncio.Event(), asyncio.Event()
 
@@ -114,30 +140,36 @@ async def serve(
             else None
         )
 
-        server = grpc.aio.server(
-            interceptors=interceptors.build(cap=settings.call_timeout.total_seconds(), known=(*SERVICES, *_BESIDE)),
-            options=SERVER_OPTIONS,
-        )
-        one_time_tokens_pb2_grpc.add_OneTimeTokenServiceServicer_to_server(
-            OneTimeTokens(settings, database, ring, hasher, hashing), server
-        )
-        email_verification_pb2_grpc.add_EmailVerificationServiceServicer_to_server(
-            EmailVerifications(settings, database, ring, adds_users=adds_users), server
-        )
-        health_servicer = health.aio.HealthServicer()
-        health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+        health_servicer = _Health()
         names = [service.full_name for service in SERVICES]
-        if reflect:
-            reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
-
-        _bind(server, settings.listen)
-        await server.start()
+        servicers: tuple[tuple[Callable[..., None], object], ...] = (
+            (
+                one_time_tokens_pb2_grpc.add_OneTimeTokenServiceServicer_to_server,
+                OneTimeTokens(settings, database, ring, hasher, hashing),
+            ),
+            (
+                email_verification_pb2_grpc.add_EmailVerificationServiceServicer_to_server,
+                EmailVerifications(settings, database, ring, adds_users=adds_users),
+            ),
+            (admin_pb2_grpc.add_AdminServiceServicer_to_server, Admin(database)),
+            (health_pb2_grpc.add_HealthServicer_to_server, health_servicer),
+        )
+        server, accepting = await _start_server(settings, files, servicers, reflect=reflect)
+        changes = asyncio.create_task(reload.watch(files.watched, certificate))
+        stack.push_async_callback(_cancelled, changes)
         watch = asyncio.create_task(_watch_database(database, health_servicer, ["", *names]))
         stack.push_async_callback(_cancelled, watch)
         on_ready(settings.listen)
         _LOG.info("serving", extra={"listen": settings.listen})
 
-        await stop.wait()
+        while await _ended_before(accepting, stop):
+            # A request that gRPC's own code cannot read, such as one whose path is not UTF-8, ends its loop (grpcio
+            # 1.85.1), before any code of ours sees it: calls under way are lost, and without this all later ones too.
+            _LOG.error(
+                "gRPC has stopped taking calls, and is started again", extra={"error": str(accepting.exception())}
+            )
+            metrics.SERVER_RESTARTS.inc()
+            server, accepting = await _start_server(settings, files, servicers, reflect=reflect)
         _LOG.info("draining")
         watch.cancel()
         await health_servicer.enter_graceful_shutdown()
@@ -146,6 +178,109 @@ async def serve(
         await _unless(hurry, server.stop(settings.shutdown_grace.total_seconds()))
         await server.stop(0)
     _LOG.info("stopped")
+
+
+async def _start_server(
+    settings: Settings, files: "Files", servicers: Iterable[tuple[Callable[..., None], object]], *, reflect: bool
+) -> tuple[grpc.aio.Server, asyncio.Task[Any]]:
+    """Start a server, and return it with gRPC's task that takes calls, which is not to be had otherwise.
+
+    Raises:
+        StartError: An address is taken.
+    """
+    server = grpc.aio.server(
+        interceptors=interceptors.build(
+            callers=files.callers,
+            cap=settings.call_timeout.total_seconds(),
+            limit=settings.max_concurrent_calls,
+            known=(*SERVICES, *_BESIDE),
+        ),
+        options=(*SERVER_OPTIONS, *_age_options(settings)),
+    )
+    for add, servicer in servicers:
+        add(servicer, server)
+    if reflect:
+        described = [service.full_name for service in (*SERVICES, *_BESIDE)]
+        reflection.enable_server_reflection(described, server)
+    _bind(server, "listen", settings.listen, files.certificate.credentials() if files.certificate else None)
+    if settings.health_listen:
+        # Nobody can be identified there, so `interceptors.identify` lets nothing but health through.
+        _bind(server, "health_listen", settings.health_listen, None)
+    before = asyncio.all_tasks()
+    await server.start()
+    (accepting,) = (
+        task
+        for task in asyncio.all_tasks() - before
+        if getattr(task.get_coro(), "__qualname__", "").endswith("._server_main_loop")
+    )
+    return server, accepting
+
+
+async def _ended_before(task: asyncio.Task[Any], event: asyncio.Event) -> bool:
+    """Wait for a task or an event, and tell whether it was the task."""
+    waiting = asyncio.create_task(event.wait())
+    await asyncio.wait({waiting, task}, return_when=asyncio.FIRST_COMPLETED)
+    waiting.cancel()
+    return not event.is_set()
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """What is read from files."""
+
+    ring: Keyring
+    callers: Callers | None
+    """None where nobody is asked who they are."""
+    certificate: ServerCertificate | None
+    """None in plain text."""
+    watched: Sequence[Watched[Any]]
+    """Those to be read again when they change."""
+
+
+def read_files(settings: Settings, *, plain_text: bool) -> Files:
+    """Read the files that settings name.
+
+    Raises:
+        SettingsError: With all that is wrong in any of them.
+    """
+    watched: list[Watched[Any]] = []
+    problems: list[str] = []
+
+    def read(
+        name: str, settings_of_paths: Iterable[str], parse: Callable[..., Any], tell: Callable[[Any], None]
+    ) -> Any:  # noqa: ANN401 - of any file
+        named = {setting: getattr(settings, setting) for setting in settings_of_paths}
+        paths = {setting: path for setting, path in named.items() if path is not None}
+        try:
+            watched.append(Watched(name, paths, parse, tell=tell))
+        except ValueError as error:
+            problems.extend(str(error).splitlines())
+            return None
+        return watched[-1].in_force
+
+    def show_keys(ring: Keyring) -> None:
+        metrics.show_keys([key.id for key in ring.keys])
+
+    def show_end(certificate: ServerCertificate) -> None:
+        metrics.CERTIFICATE_NOT_AFTER.labels("certificate").set(certificate.not_after.timestamp())
+
+    def parse_policy(content: bytes) -> Callers:
+        token_types = {one_time_tokens_pb2.TokenType.Name(number): label for number, label in STORED_TYPES.items()}
+        contract = Contract.of(SERVICES, token_types)
+        return Callers(content, contract, certificates=settings.tls_client_ca is not None)
+
+    if settings.keys_file is None:
+        ring = load_keyring(settings)
+        show_keys(ring)
+    else:
+        ring = read("keys", ["keys_file"], parse_keys, show_keys)
+    callers = certificate = None
+    if not plain_text:
+        callers = read("policy", ["policy_file"], parse_policy, lambda _: None)
+        certificate = read("certificate", ["tls_cert", "tls_key", "tls_client_ca"], ServerCertificate, show_end)
+    if problems:
+        raise SettingsError(problems)
+    return Files(ring, callers, certificate, watched)
 
 
 async def prepare_database(settings: Settings, *, migrate: bool) -> bool:
@@ -176,6 +311,20 @@ async def prepare_database(settings: Settings, *, migrate: bool) -> bool:
         raise StartError(f"the database is not to be had: {error}; check database_url, and that it runs") from error
 
 
+def _age_options(settings: Settings) -> tuple[tuple[str, int], ...]:
+    """Return gRPC's options for how long connections live.
+
+    A certificate is checked when a connection is made, and for a client whose authority was withdrawn since, the end
+    of its connection is the first time that anybody looks. Clients go over to a new one without losing a call.
+    """
+    grace = settings.call_timeout.total_seconds() + AGE_GRACE_S
+    return (
+        ("grpc.max_connection_age_ms", settings.max_connection_age // timedelta(milliseconds=1)),
+        # Unary calls end in this time; streams, such as Health/Watch, are cut off after it.
+        ("grpc.max_connection_age_grace_ms", int(grace * 1000)),
+    )
+
+
 @contextlib.contextmanager
 def _signals(stop: asyncio.Event, hurry: asyncio.Event) -> Iterator[None]:
     """Let the first signal set `stop`, and the second `hurry`."""
@@ -201,11 +350,26 @@ def _serve_metrics(listen: str) -> Callable[[], None]:
     return stop
 
 
-def _bind(server: grpc.aio.Server, listen: str) -> None:
+def _bind(server: grpc.aio.Server, setting: str, listen: str, credentials: grpc.ServerCredentials | None) -> None:
+    """Open a port, of plain text if there are no credentials."""
     try:
-        server.add_insecure_port(listen)
+        if credentials is None:
+            server.add_insecure_port(listen)
+        else:
+            server.add_secure_port(listen, credentials)
     except RuntimeError as error:
-        raise StartError(f"cannot listen on {listen}: is another server on it? Take another --listen") from error
+        option = option_of(setting)
+        raise StartError(f"cannot listen on {listen}: is another server on it? Take another {option}") from error
+
+
+class _Health(health.aio.HealthServicer):
+    """The library's health, with the one rpc that it lacks."""
+
+    async def List(self, request: object, context: object) -> Any:  # noqa: ANN401, ARG002, N802 - gRPC's name, and its stubs leave the type out
+        """Return the status of the whole and of each service."""
+        known = self._server_status.items()  # type: ignore[attr-defined] # as above
+        each = {name: health_pb2.HealthCheckResponse(status=status) for name, status in known}
+        return health_pb2.HealthListResponse(statuses=each)  # type: ignore[attr-defined] # as above
 
 
 async def _watch_database(database: Database, servicer: health.aio.HealthServicer, names: list[str]) -> None:

@@ -3,6 +3,7 @@
 Set once per call by the interceptors. What lies below them reads `Call`; only the interceptors look at `ServedCall`.
 """
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextvars import ContextVar
@@ -31,6 +32,10 @@ class Permissions:
     """Whether it may have codes mailed."""
     any_caller: bool
     """Whether it sees the email verifications that others started."""
+
+    def may_call(self, rpc: str) -> bool:
+        """Tell whether it may call an rpc."""
+        return self.rpcs is None or rpc in self.rpcs
 
     def may_use(self, token_type: str) -> bool:
         """Tell whether it may deal with tokens of a type."""
@@ -61,6 +66,8 @@ class Call:
     """The message that was received, once it is understood; of a stream, the newest."""
     in_doubt: bool = False
     """Whether COMMIT was sent for this call, and its outcome is not known yet."""
+    unheard: asyncio.Future[Any] | None = None
+    """Work that goes on, although the call was cancelled or its time is over."""
     subject: Mapping[str, str] = field(default_factory=dict)
     """Whom and what it is about, as far as the database has told: ids and purposes, for the audit event."""
 
@@ -80,8 +87,8 @@ class ServedCall(Call):
     """As metrics name it: unary, client_stream, server_stream, bidi_stream."""
     path: str
     """As the client wrote it. Of any length and content, where the method is unknown."""
-    metadata: Sequence[tuple[str, str | bytes]]
-    payload: bytes | AsyncIterator[Message]
+    metadata: Sequence[tuple[str, str | bytes]] = field(repr=False)  # it may hold an API key
+    payload: bytes | AsyncIterator[Message] = field(repr=False)
     """The request as it came; where the client streams, its messages."""
     started: float = field(default_factory=time.monotonic)
     status: grpc.StatusCode = grpc.StatusCode.UNKNOWN
@@ -102,3 +109,8 @@ class ServedCall(Call):
 
 current_call: ContextVar[Call] = ContextVar("current_call")
 """The call that this task serves."""
+
+
+def about(**subject: object) -> None:
+    """Note whom and what the current call is about, as the database tells it, for its audit event. No secrets."""
+    current_call.get().subject = {name: str(value) for name, value in subject.items()}

@@ -32,12 +32,16 @@ BLOCKS_ON_DEMAND: Final = 256
 _GRACE: Final = timedelta(hours=1)
 """Age at which a state without its token is an orphan. Any that outlasts a statement would do."""
 
+_DAY: Final = timedelta(days=1)
+_YEAR: Final = timedelta(days=366)
+
 _TABLES: Final = {
     "auth.one_time_tokens": "sweep_one_time_tokens",
     "public.email_verification_tokens": "sweep_email_verification_tokens",
     "onetime.one_time_token_states": "sweep_one_time_token_states",
     "onetime.email_verification_states": "sweep_email_verification_states",
     "onetime.receipts": "sweep_receipts",
+    "onetime.budgets": "sweep_budgets",
 }
 """What is swept, and by which statement."""
 
@@ -155,4 +159,7 @@ def _range(settings: Settings, table: str, first: int, end: int) -> tuple[str, P
         "retention": settings.retention.total_seconds(),
         "receipt_retention": settings.receipt_retention.total_seconds(),
         "grace": _GRACE.total_seconds(),
+        "longest_send": max(_DAY, settings.longest_ttl()).total_seconds(),
+        "longest_failure": _DAY.total_seconds(),
+        "longest_run": _YEAR.total_seconds(),
     }

@@ -20,6 +20,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final, Never, TypeVar
+from uuid import UUID
 
 import click
 import psycopg
@@ -27,12 +28,24 @@ import uvloop
 from onetime.v1 import email_verification_pb2, one_time_tokens_pb2
 from psycopg.rows import dict_row
 
-from service import doctor as doctor_checks
 from service import logs, migrations
-from service.config import ENV_PREFIX, Settings, SettingsError, describe, exposed_password, load, option_of, variable_of
-from service.crypto import Keyring, new_key
+from service.budgets import EMAIL_VERIFICATION
+from service.config import (
+    ENV_PREFIX,
+    IDENTIFYING,
+    Settings,
+    SettingsError,
+    describe,
+    exposed_password,
+    load,
+    option_of,
+    variable_of,
+)
+from service.crypto import Keyring, api_key_hash, certificate_host, new_api_key, new_key
+from service.db import Database
 from service.devdb import EmbeddedPostgresError, embedded_postgres
 from service.errors import OnetimeError
+from service.fields import STORED_TYPES
 
 FAILED: Final = 1
 USAGE: Final = 2
@@ -90,7 +103,7 @@ class _Command(click.Command):
         sections: dict[str, list[tuple[str, str]]] = {"Options": []}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
-            if record is not None:
+            if record is not None and isinstance(parameter, click.Option):
                 title = parameter.section if isinstance(parameter, _SettingOption) else "Options"
                 sections.setdefault(title, []).append(record)
         for title, records in sections.items():
@@ -122,18 +135,27 @@ def _settings(*names: str) -> Callable[[_Function], _Function]:
 
 
 def _load(
-    options: Mapping[str, str | None], *, require: Collection[str] = (), defaults: Mapping[str, object] | None = None
+    options: Mapping[str, str | None],
+    *,
+    require: Collection[str] = (),
+    defaults: Mapping[str, object] | None = None,
+    plain_text: bool = False,
 ) -> Settings:
     """Read the settings, and warn of a password that everybody can read."""
     given = {name: value for name, value in options.items() if value is not None}
     warning = exposed_password(given)
     if warning:
         click.echo(f"warning: {warning}", err=True)
-    return load(given, require=require, defaults=defaults)
+    return load(given, require=require, defaults=defaults, plain_text=plain_text)
 
+
+_CALLERS: Final = tuple(setting.name for setting in describe() if setting.group == "Callers")
+"""What `serve` alone takes: `dev` asks nobody who they are."""
 
 _SERVING: Final = tuple(
-    setting.name for setting in describe() if setting.name not in ("database_url", "data_dir", "keys", "config")
+    setting.name
+    for setting in describe()
+    if setting.name not in ("database_url", "data_dir", "keys", "config", *_CALLERS)
 )
 """What both `dev` and `serve` take."""
 
@@ -162,6 +184,8 @@ def cli() -> None:
       onetime migrate
       onetime doctor
       onetime serve --insecure-loopback
+
+    To let others than this machine's own call it, `onetime serve --help`.
     """
 
 
@@ -181,7 +205,7 @@ def dev(**options: str | None) -> None:
       onetime dev --max-attempts 3 --recovery-lifetime 2m --recovery-max-ttl 10m
     """
     # Nobody balances load over it, so nobody needs to be told before it stops.
-    settings = _load(options, defaults={"drain_delay": timedelta(0)})
+    settings = _load(options, defaults={"drain_delay": timedelta(0)}, plain_text=True)
     logs.configure(settings.log_level.upper(), sys.stderr)
     if os.environ.get(variable_of("database_url")):
         click.echo(f"onetime dev brings its own database: {variable_of('database_url')} is not used", err=True)
@@ -195,7 +219,7 @@ def dev(**options: str | None) -> None:
             if not keys_file.exists():
                 _write_keys(keys_file, Keyring([new_key()]).format(), replace=False)
         ready = settings.model_copy(update={"database_url": url, "keys_file": keys_file})
-        _run_server(ready, reflect=True, migrate=True, on_ready=lambda target: _greet(ready, target))
+        _run_server(ready, plain_text=True, migrate=True, on_ready=lambda target: _greet(ready, target))
 
 
 def _end(number: int, frame: object) -> Never:
@@ -248,7 +272,7 @@ Ctrl-C stops it; what it stored stays."""
 @click.option(
     "--insecure-loopback",
     is_flag=True,
-    help="Serve plain text on loopback, to callers whom nobody asks who they are. Required: there is no other way yet.",
+    help="Serve plain text on loopback, to callers whom nobody asks who they are, instead of the settings of Callers.",
 )
 @click.option(
     "--migrate/--no-migrate",
@@ -257,33 +281,42 @@ Ctrl-C stops it; what it stored stays."""
     show_default=True,
     help="Migrate the database first. Without, the role that serves needs no right to create anything.",
 )
-@_settings("database_url", *_SERVING)
+@_settings("database_url", *_SERVING, *_CALLERS)
 def serve(*, insecure_loopback: bool, migrates: bool, **options: str | None) -> None:
-    """Serve from a database of yours.
+    r"""Serve from a database of yours, to callers whom a policy names.
+
+    Callers come over TLS, with a client certificate (its URI or DNS name is the caller) or with an API key that
+    `onetime keys api` has made. The policy is a TOML file:
+
+      [callers."spiffe://example.org/accounts"]
+      rpcs = ["OneTimeTokenService/*", "EmailVerificationService/VerifyCode"]
+      token_types = ["TOKEN_TYPE_RECOVERY"]     # "*" for all
+
+      [callers.signup]
+      api_keys = ["sha256:..."]                 # two while one takes the other's place
+      rpcs = ["EmailVerificationService/*"]
+      return_code = true                        # it mails codes itself
+      send_email = false                        # it has codes mailed
+      any_caller = false                        # it sees the verifications that others started
+
+    What is not granted is refused. Policy, certificates and the file of keys are read again when they change, within
+    seconds; of a broken one the log tells, and what was read before stays in force.
 
     The first SIGTERM or SIGINT lets calls under way end, a second one ends at once.
 
     Examples:
       onetime serve --insecure-loopback --database-url postgresql:///app --keys-file keys
-      ONETIME_CONFIG=onetime.toml onetime serve --insecure-loopback --no-migrate
+      ONETIME_CONFIG=onetime.toml onetime serve --no-migrate
+      onetime serve --config onetime.toml --listen 0.0.0.0:50051 --policy-file policy.toml \
+        --tls-cert server.pem --tls-key server.key --tls-client-ca clients.pem
     """
-    problems: list[str] = []
-    if not insecure_loopback:
-        problems.append(
-            "--insecure-loopback is missing: callers are not identified yet, so whoever reaches the port may issue and "
-            "consume every token; add it to serve this machine only, in plain text"
-        )
-    try:
-        settings = _load(options, require=("database_url", "keys"))
-    except SettingsError as error:
-        raise SettingsError([*problems, *error.problems]) from None
-    if problems:
-        raise SettingsError(problems)
+    require = ("database_url", "keys", *(() if insecure_loopback else IDENTIFYING))
+    settings = _load(options, require=require, plain_text=insecure_loopback)
     logs.configure(settings.log_level.upper(), sys.stderr)
-    _run_server(settings, reflect=True, migrate=migrates, on_ready=lambda _: None)
+    _run_server(settings, plain_text=insecure_loopback, migrate=migrates, on_ready=lambda _: None)
 
 
-def _run_server(settings: Settings, *, reflect: bool, migrate: bool, on_ready: Callable[[str], None]) -> None:
+def _run_server(settings: Settings, *, plain_text: bool, migrate: bool, on_ready: Callable[[str], None]) -> None:
     """Serve until a signal."""
     # gRPC alone takes as long to import as the rest: the other commands do without.
     from service import app  # noqa: PLC0415
@@ -291,7 +324,7 @@ def _run_server(settings: Settings, *, reflect: bool, migrate: bool, on_ready: C
     async def run() -> None:
         # A closed terminal ends it as SIGTERM does.
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, os.kill, os.getpid(), signal.SIGTERM)
-        await app.serve(settings, reflect=reflect, migrate=migrate, on_ready=on_ready)
+        await app.serve(settings, plain_text=plain_text, reflect=True, migrate=migrate, on_ready=on_ready)
 
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -300,7 +333,7 @@ def _run_server(settings: Settings, *, reflect: bool, migrate: bool, on_ready: C
         raise CommandError(str(error)) from error
 
 
-# migrate, cleanup and doctor
+# migrate, cleanup, unlock and doctor
 
 
 @contextlib.asynccontextmanager
@@ -366,14 +399,19 @@ def cleanup(**options: str | None) -> None:
         click.echo(f"{table:{width}}  {rows:>8} {'row' if rows == 1 else 'rows'} removed")
 
 
-async def _cleanup(settings: Settings) -> Mapping[str, int]:
-    from service import cleanup as sweeping  # noqa: PLC0415 - it registers metrics, which the other commands do without
-
+async def _refuse_if_pending(settings: Settings) -> None:
+    """Refuse a database that is not as this version needs it."""
     async with _connection(settings) as connection:
         pending = await migrations.pending(connection)
     if pending:
         listed = "".join(f"\n  {what}" for what in pending)
         raise CommandError(f"the database is not up to date; `onetime migrate` helps:{listed}")
+
+
+async def _cleanup(settings: Settings) -> Mapping[str, int]:
+    from service import cleanup as sweeping  # noqa: PLC0415 - it registers metrics, which the other commands do without
+
+    await _refuse_if_pending(settings)
     with click.progressbar(length=1, label="blocks", show_pos=True, file=sys.stderr) as bar:
 
         def advance(done: int, total: int) -> None:
@@ -383,8 +421,50 @@ async def _cleanup(settings: Settings) -> Mapping[str, int]:
         return await sweeping.sweep_all(settings, advance)
 
 
+_PURPOSES: Final = (*STORED_TYPES.values(), EMAIL_VERIFICATION)
+
+
 @cli.command(cls=_Command, epilog=_EPILOG)
-@_settings("database_url", "keys_file", *(name for name in _SERVING if name.startswith(("argon2", "code_hashing"))))
+@click.argument("user_id", metavar="USER", type=click.UUID)
+@click.argument("purpose", metavar="PURPOSE", type=click.Choice(_PURPOSES))
+@_settings("database_url")
+def unlock(user_id: UUID, purpose: str, **options: str | None) -> None:
+    """Let codes of a user be tried and sent again, before the limits would.
+
+    USER is the user's UUID, PURPOSE one of those below. Wrong codes are forgotten, and sends but for the newest. A
+    token on which too many wrong codes were tried stays refused: issue a new one.
+
+    Purposes:
+      confirmation_token
+      reauthentication_token
+      recovery_token
+      email_change_token_new
+      email_change_token_current
+      phone_change_token
+      email_verification
+
+    Example:
+      onetime unlock 7d4f0f6a-3c1e-4b7e-9a55-0d2f6c1b8e21 recovery_token
+    """
+    settings = _load(options, require=("database_url",))
+    count = asyncio.run(_unlock(settings, user_id, purpose))
+    click.echo(f"unlocked: {count} wrong {'code' if count == 1 else 'codes'} in a row forgotten")
+
+
+async def _unlock(settings: Settings, user_id: UUID, purpose: str) -> int:
+    from service import admin  # noqa: PLC0415 - as in `_run_server`
+
+    await _refuse_if_pending(settings)
+    database = Database(settings.database_url, pool_size=1)
+    await database.open()
+    try:
+        return await admin.unlock(database, user_id, purpose)
+    finally:
+        await database.close()
+
+
+@cli.command(cls=_Command, epilog=_EPILOG)
+@_settings("database_url", *_SERVING, *_CALLERS)
 def doctor(**options: str | None) -> None:
     """Look at settings, keys and database, and tell what is wrong and what helps.
 
@@ -397,56 +477,84 @@ def doctor(**options: str | None) -> None:
         settings = _load(options, require=("database_url",))
     except SettingsError as error:
         for problem in error.problems:
-            _show(doctor_checks.Finding("settings", "fail", problem))
+            _show("settings", "fail", problem)
         raise SystemExit(FAILED) from None
-    _show(doctor_checks.Finding("settings", "ok", "every setting is right"))
+    _show("settings", "ok", "every setting is right")
     if asyncio.run(_examine(settings)):
         raise SystemExit(FAILED)
 
 
 async def _examine(settings: Settings) -> bool:
     """Show the findings as they come, and return whether any check failed."""
+    from service import doctor as checks  # noqa: PLC0415 - as in `_run_server`
+
     failed = False
-    async for finding in doctor_checks.examine(settings):
+    async for finding in checks.examine(settings):
         failed |= finding.verdict == "fail"
-        _show(finding)
+        _show(finding.check, finding.verdict, finding.text, finding.cure)
     return failed
 
 
 _COLORS: Final = {"ok": "green", "warn": "yellow", "fail": "red"}
 
 
-def _show(finding: doctor_checks.Finding) -> None:
-    cure = f" -> {finding.cure}" if finding.cure else ""
-    verdict = click.style(f"{finding.verdict:4}", fg=_COLORS[finding.verdict])
-    click.echo(f"{verdict}  {finding.check:12}  {finding.text}{cure}")
+def _show(check: str, verdict: str, text: str, cure: str = "") -> None:
+    """Write the line of a check."""
+    helps = f" -> {cure}" if cure else ""
+    click.echo(f"{click.style(f'{verdict:4}', fg=_COLORS[verdict])}  {check:12}  {text}{helps}")
 
 
 @cli.command(cls=_Command, epilog=_EPILOG)
-@_settings("listen")
+@_settings("listen", "health_listen", "tls_cert")
 def health(**options: str | None) -> None:
     """Ask a running server on this machine whether it serves; the exit code is 0 if it does.
 
-    For the health checks of containers.
+    For the health checks of containers. It asks at --health-listen if that is set; otherwise at --listen, over TLS if
+    there is a --tls-cert, which it trusts and no other.
 
-    Example:
+    Examples:
       onetime health --listen 127.0.0.1:50051
+      onetime health --health-listen 127.0.0.1:50052
     """
     settings = _load(options)
+    target = settings.health_listen or settings.listen
     # As in `_run_server`.
     import grpc  # noqa: PLC0415
     from grpc_health.v1 import health_pb2, health_pb2_grpc  # noqa: PLC0415
 
-    with grpc.insecure_channel(settings.listen) as channel:
+    with _health_channel(settings, target) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         try:
             answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=_HEALTH_TIMEOUT_S)  # type: ignore[attr-defined] # not in types-grpcio
         except grpc.RpcError as error:
-            raise CommandError(f"no answer from {settings.listen}: {error.code().name}") from error
+            raise CommandError(f"no answer from {target}: {error.code().name}") from error
     status = health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
     click.echo(status)
     if answer.status != health_pb2.HealthCheckResponse.SERVING:
         raise SystemExit(FAILED)
+
+
+def _health_channel(settings: Settings, target: str) -> Any:  # noqa: ANN401 - grpc is imported late
+    """Open a channel to where health is served."""
+    import grpc  # noqa: PLC0415 - as above
+
+    if settings.health_listen or settings.tls_cert is None:
+        return grpc.insecure_channel(target)
+    if settings.tls_client_ca is not None:
+        raise CommandError(
+            f"{target} wants a client certificate, which this command has not: set {option_of('health_listen')}, where"
+            " health alone is served, in plain text"
+        )
+    try:
+        certificate = settings.tls_cert.read_bytes()
+        # The server is on this machine, under an address that its certificate need not name.
+        host = certificate_host(certificate)
+    except OSError as error:
+        raise CommandError(f"{option_of('tls_cert')} {settings.tls_cert}: {error.strerror}") from None
+    except ValueError as error:
+        raise CommandError(f"{option_of('tls_cert')} {settings.tls_cert}: {error}") from None
+    credentials = grpc.ssl_channel_credentials(certificate)
+    return grpc.secure_channel(target, credentials, options=[("grpc.ssl_target_name_override", host)])
 
 
 # keys
@@ -460,13 +568,16 @@ def keys() -> None:
     keys, no token is accepted. Keep a copy of the file where the database's backups are not.
 
     The first key of the file makes, all of them check. Up to four fit in. To replace a key, change the file that every
-    server has, and restart them, after each step:
+    server has, step by step. Servers take a changed file within seconds; the metric onetime_keys tells which keys each
+    of them has (with the keys in the environment, restart them):
 
       onetime keys add            a new key, which only checks
       onetime keys switch ID      now it makes
       onetime keys retire OLD     when the tokens made under the old one have expired
 
-    The file has a key a line, `<id> <43 characters of base64url>`; `#` begins a comment. No command shows a key.
+    The file has a key a line, `<id> <43 characters of base64url>`; `#` begins a comment. No command shows such a key.
+
+    API keys are something else: `onetime keys api` makes one, for a caller, who is known by it.
     """
 
 
@@ -501,7 +612,7 @@ def keys_add(**options: str | None) -> None:
     path = _keys_file(options)
     with _changing(path) as lines:
         lines.append(Keyring([key]).format())
-    click.echo(f"added {key.id}, which checks; restart every server, then `onetime keys switch {key.id}`")
+    click.echo(f"added {key.id}, which checks; once every server has it, `onetime keys switch {key.id}`")
 
 
 @keys.command("switch", cls=_Command, epilog=_EPILOG)
@@ -517,7 +628,7 @@ def keys_switch(key_id: str, **options: str | None) -> None:
         line = lines.pop(_line_of(lines, key_id, path))
         first = next((number for number, other in enumerate(lines) if _id_in(other)), 0)
         lines.insert(first, line)
-    click.echo(f"{key_id} makes; restart every server")
+    click.echo(f"{key_id} makes, from when a server has read it")
 
 
 @keys.command("retire", cls=_Command, epilog=_EPILOG)
@@ -534,7 +645,24 @@ def keys_retire(key_id: str, **options: str | None) -> None:
         if not any(map(_id_in, lines[:number])):
             raise CommandError(f"{key_id} is the key that makes: `onetime keys switch` to another one first")
         lines.pop(number)
-    click.echo(f"retired {key_id}; restart every server")
+    click.echo(f"retired {key_id}")
+
+
+@keys.command("api", cls=_Command)
+def keys_api() -> None:
+    """Make an API key for a caller, and show it this once: nothing is stored.
+
+    The key goes to the caller, who sends it with each call as `authorization: Bearer KEY`, over TLS only. Its hash goes
+    into the policy file, where one is right, and a second while it takes the first one's place. Whoever sees the policy
+    has no key.
+
+    Example:
+      onetime keys api
+    """
+    key = new_api_key()
+    click.echo(key)
+    click.echo("\nThis is shown once. For the policy file, in the caller's table:\n", err=True)
+    click.echo(f'  api_keys = ["{api_key_hash(key)}"]', err=True)
 
 
 def _keys_file(options: Mapping[str, str | None]) -> Path:

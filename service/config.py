@@ -7,12 +7,13 @@ README are made from `describe()`.
 It knows nothing of what the settings are for: a limit is stated here and kept elsewhere.
 """
 
+import contextlib
 import difflib
 import ipaddress
 import os
 import re
 import tomllib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -124,7 +125,8 @@ def parse_listen(text: str) -> tuple[str, int]:
     return found["v6"] or found["host"], int(found["port"])
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Tell whether a host's name or address is this machine's own, out of reach of others."""
     if host == "localhost":
         return True
     try:
@@ -227,8 +229,8 @@ class Settings(BaseSettings):
 
     listen: str = _setting(
         "127.0.0.1:50051",
-        "Where calls are served. A loopback address, until callers are identified.",
-        right="host:port or [IPv6]:port on loopback, such as 127.0.0.1:50051,",
+        "Where calls are served. In plain text, a loopback address only.",
+        right="host:port or [IPv6]:port, such as 127.0.0.1:50051,",
         group="Where",
     )
     metrics_listen: str | None = _setting(
@@ -250,6 +252,24 @@ class Settings(BaseSettings):
         right="a path",
         group="Where",
     )
+    keys_file: Path | None = _setting(
+        None,
+        "The file with the keys; `onetime keys` makes and changes it.",
+        right="a path",
+        group="Where",
+    )
+    keys: SecretStr | None = _setting(
+        None,
+        "The keys themselves, instead of a file: its lines, separated by newlines or commas.",
+        right="one to four of `<id> <43 characters of base64url>`, separated by newlines or commas,",
+        group="Where",
+        env_only=True,
+        repr=False,
+    )
+    config: Path | None = _setting(None, "A TOML file with settings.", right="a path", group="Where")
+
+    # Callers
+
     policy_file: Path | None = _setting(
         None,
         "The TOML file that says who may call what. Read again when it changes.",
@@ -288,21 +308,6 @@ class Settings(BaseSettings):
         "1d",
         group="Callers",
     )
-    keys_file: Path | None = _setting(
-        None,
-        "The file with the keys; `onetime keys` makes and changes it.",
-        right="a path",
-        group="Where",
-    )
-    keys: SecretStr | None = _setting(
-        None,
-        "The keys themselves, instead of a file: its lines, separated by newlines or commas.",
-        right="one to four of `<id> <43 characters of base64url>`, separated by newlines or commas,",
-        group="Where",
-        env_only=True,
-        repr=False,
-    )
-    config: Path | None = _setting(None, "A TOML file with settings.", right="a path", group="Where")
 
     # Codes
 
@@ -449,20 +454,9 @@ class Settings(BaseSettings):
         """Return the longest life that any token may have."""
         return max(self.lifetime(token_type)[1] for token_type in _PURPOSES)
 
-    @field_validator("listen")
+    @field_validator("listen", "metrics_listen", "health_listen")
     @classmethod
-    def _listen_on_loopback(cls, value: str) -> str:
-        host, _ = parse_listen(value)
-        if not _is_loopback(host):
-            raise _WrongError(
-                "only a loopback address is right until callers are identified: whoever reaches the service may issue "
-                "and consume every token; take 127.0.0.1, [::1] or localhost"
-            )
-        return value
-
-    @field_validator("metrics_listen")
-    @classmethod
-    def _metrics_listen_form(cls, value: str | None) -> str | None:
+    def _listen_form(cls, value: str | None) -> str | None:
         if value is not None:
             parse_listen(value)
         return value
@@ -578,14 +572,25 @@ def read_keys(path: Path) -> Keyring:
         ValueError: It cannot be read, or is malformed. The text holds no key.
     """
     try:
-        return Keyring.parse(path.read_text("ascii"))
+        return parse_keys(path.read_bytes())
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}; `onetime keys init` makes a file of keys") from None
-    except UnicodeDecodeError:
-        # Its text quotes what it could not decode.
-        raise ValueError(f"{path}: this is no file of keys; `onetime keys init` makes one") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def parse_keys(content: bytes) -> Keyring:
+    """Return the keys that a file holds.
+
+    Raises:
+        ValueError: It is malformed. The text holds no key.
+    """
+    try:
+        text = content.decode("ascii")
+    except UnicodeDecodeError:
+        # Its text quotes what it could not decode.
+        raise ValueError("this is no file of keys; `onetime keys init` makes one") from None
+    return Keyring.parse(text)
 
 
 # Loading
@@ -606,9 +611,19 @@ _MISSING_KEYS: Final = (
     f"themselves in {variable_of('keys')}"
 )
 
+IDENTIFYING: Final = ("tls_cert", "tls_key", "policy_file")
+"""What it takes to identify callers."""
+
+_FOR_IDENTIFIED_CALLERS: Final = (*IDENTIFYING, "tls_client_ca", "health_listen")
+"""What has a meaning only where callers are identified. In plain text, `health_listen` would serve everything."""
+
 
 def load(
-    options: Mapping[str, object], *, require: Collection[str] = (), defaults: Mapping[str, object] | None = None
+    options: Mapping[str, object],
+    *,
+    require: Collection[str] = (),
+    defaults: Mapping[str, object] | None = None,
+    plain_text: bool = False,
 ) -> Settings:
     """Read the settings: options go before the environment, that before the TOML file, that before the defaults.
 
@@ -616,6 +631,8 @@ def load(
         options: What the command line gave, by the settings' names.
         require: Settings that must be there. `keys` stands for `keys` or `keys_file`.
         defaults: Defaults other than the settings' own.
+        plain_text: Whether calls are to be served to whoever comes: then on loopback only, and what would identify
+            callers must not be set, lest somebody relies on it.
 
     Raises:
         SettingsError: With every setting that is wrong, unknown or missing.
@@ -639,6 +656,7 @@ def load(
 
     given = {**given_file, **given_environment, **options}
     problems += _missing(require, given)
+    problems += _not_for_plain_text(given, place) if plain_text else []
     if "keys" in require and given.get("keys_file"):
         try:
             read_keys(Path(str(given["keys_file"])))
@@ -673,12 +691,39 @@ def _known(field: FieldInfo) -> dict[str, Any]:
 def _missing(require: Iterable[str], given: Mapping[str, object]) -> list[str]:
     """Return a line for each required setting that was not given."""
     lines = []
+    unidentified = [variable_of(name) for name in IDENTIFYING if name in require and not given.get(name)]
+    if unidentified:
+        lines.append(
+            f"{', '.join(unidentified)} {'is' if len(unidentified) == 1 else 'are'} missing: the paths of a certificate"
+            " and its key, both in PEM, and of a policy are right; or add --insecure-loopback, to serve this machine"
+            " only, in plain text, to whoever is on it"
+        )
     for name in require:
+        if name in IDENTIFYING:
+            continue
         if name == "keys":
             if not given.get("keys") and not given.get("keys_file"):
                 lines.append(_MISSING_KEYS)
         elif not given.get(name):
             lines.append(f"{variable_of(name)} is missing: {_known(Settings.model_fields[name])['right']} is right")
+    return lines
+
+
+def _not_for_plain_text(given: Mapping[str, object], place: Callable[[str], str]) -> list[str]:
+    """Return a line for each setting with which plain text must not be served."""
+    lines = [
+        f"{place(name)}: it has no use in plain text, where nobody is asked who they are: leave out one of the two"
+        for name in _FOR_IDENTIFIED_CALLERS
+        if given.get(name)
+    ]
+    listen = str(given.get("listen") or Settings.model_fields["listen"].default)
+    with contextlib.suppress(ValueError):  # which is told as malformed
+        if not is_loopback(parse_listen(listen)[0]):
+            lines.append(
+                f"{place('listen')} {listen!r}: only a loopback address is right in plain text: whoever reaches it may"
+                " issue and consume every token; take 127.0.0.1, [::1] or localhost, or identify callers by"
+                f" {', '.join(IDENTIFYING)}"
+            )
     return lines
 
 
@@ -716,6 +761,11 @@ def _did_you_mean(name: str | None) -> str:
     return f"; did you mean {name}?" if name else ""
 
 
+def suggestion(name: str, names: Iterable[str]) -> str:
+    """Return what to add to the refusal of a name: the one that may be meant, or nothing."""
+    return _did_you_mean(_close(name, names))
+
+
 def _read_file(path: Path) -> tuple[Mapping[str, Any], list[str]]:
     """Return what a TOML file sets, and a line for each key in it that is no setting."""
     try:
@@ -733,7 +783,7 @@ def _read_file(path: Path) -> tuple[Mapping[str, Any], list[str]]:
         if name in Settings.model_fields:
             problems.append(f"{name} in {path}: this is for the environment only, as {variable_of(name)}")
         else:
-            problems.append(f"{name} in {path}: there is no such setting{_did_you_mean(_close(name, right))}")
+            problems.append(f"{name} in {path}: there is no such setting{suggestion(name, right)}")
     return {name: value for name, value in content.items() if name in right}, sorted(problems)
 
 

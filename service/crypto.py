@@ -1,4 +1,4 @@
-"""Everything cryptographic: the key ring, how secrets are made, and how they rest in the database.
+"""Everything cryptographic: the key ring, how secrets are made and how they rest in the database, and certificates.
 
 The one module that imports hmac, secrets, argon2 and cryptography. It knows nothing of requests and of SQL.
 
@@ -15,20 +15,24 @@ made for one purpose says nothing in another.
 """
 
 import base64
+import hashlib
 import hmac
 import re
 import secrets
 import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Final, Self
 
 import argon2
 from argon2.exceptions import HashingError, InvalidHashError, VerificationError, VerifyMismatchError
-from cryptography.exceptions import InvalidTag
+from cryptography import x509
+from cryptography.exceptions import InvalidTag, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 KEY_BYTES: Final = 32
 MAX_KEYS: Final = 4
@@ -100,11 +104,12 @@ class Keyring:
         Raises:
             ValueError: There are none, more than four, or two of one id. The text holds no key.
         """
-        self.keys = tuple(keys)
-        self._by_id = {key.id: key for key in self.keys}
-        if not 1 <= len(self.keys) <= MAX_KEYS:
-            raise ValueError(f"{len(self.keys)} keys: 1 to {MAX_KEYS} are right")
-        if len(self._by_id) != len(self.keys):
+        given = tuple(keys)
+        # The first one makes. All in one attribute, so that a change while others use the ring is whole: see `take`.
+        self._by_id = {key.id: key for key in given}
+        if not 1 <= len(given) <= MAX_KEYS:
+            raise ValueError(f"{len(given)} keys: 1 to {MAX_KEYS} are right")
+        if len(self._by_id) != len(given):
             raise ValueError("two keys have the same id")
 
     def __repr__(self) -> str:
@@ -140,8 +145,20 @@ class Keyring:
         return "".join(f"{key.id} {_encode(key.secret)}\n" for key in self.keys)
 
     @property
+    def keys(self) -> tuple[Key, ...]:
+        """The keys, the one that makes first."""
+        return tuple(self._by_id.values())
+
+    def take(self, other: "Keyring") -> None:
+        """Hold the keys of another ring from now on, for all who share this one.
+
+        Threads hash meanwhile. Each operation looks at the keys once, and this is one assignment: none sees half of it.
+        """
+        self._by_id = other._by_id  # noqa: SLF001 - of the same class
+
+    @property
     def _maker(self) -> Key:
-        return self.keys[0]
+        return next(iter(self._by_id.values()))
 
     # Links
 
@@ -278,6 +295,130 @@ def equal(presented: str, stored: str) -> bool:
 def chance(probability: float) -> bool:
     """Return true with this probability."""
     return secrets.randbelow(10**9) < probability * 10**9
+
+
+# API keys
+
+_API_KEY: Final = re.compile(r"otk_[A-Za-z0-9_-]{43}", re.ASCII)
+
+
+def new_api_key() -> str:
+    """Return a new API key: `otk_` and 256 random bits in base64url."""
+    return f"otk_{_encode(secrets.token_bytes(KEY_BYTES))}"
+
+
+def api_key_hash(key: str) -> str | None:
+    """Return what the policy holds of an API key, `sha256:` and 64 hexadecimal digits; None for what is none.
+
+    A plain hash is enough where nobody can try all keys. Who made one up, a short one perhaps, is not let in with it.
+    """
+    return f"sha256:{hashlib.sha256(key.encode()).hexdigest()}" if _API_KEY.fullmatch(key) else None
+
+
+# Certificates
+
+
+def certificate_names(pem: bytes) -> tuple[str, ...]:
+    """Return the URIs and DNS names among a certificate's subject alternative names, as they stand there.
+
+    Never its common name, nor names of another kind. gRPC's own list is not used: it ends each name at its first NUL,
+    and so takes one that an authority gave to the owner of evil.example, `accounts` NUL `.evil.example`, for
+    `accounts`. A certificate that cannot be read has no names.
+    """
+    try:
+        names = _alternative_names(x509.load_pem_x509_certificate(pem))
+    except (ValueError, *_UNREADABLE):
+        return ()
+    return (*names.get_values_for_type(x509.UniformResourceIdentifier), *names.get_values_for_type(x509.DNSName))
+
+
+def certificate_expired(pem: bytes) -> bool:
+    """Tell whether a certificate's time is over. One that cannot be read has none."""
+    try:
+        return datetime.now(UTC) > x509.load_pem_x509_certificate(pem).not_valid_after_utc
+    except (ValueError, *_UNREADABLE):
+        return True
+
+
+def certificate_host(pem: bytes) -> str:
+    """Return a host for which a server's certificate is good.
+
+    Raises:
+        ValueError: It cannot be read, or names none.
+    """
+    try:
+        names = _alternative_names(x509.load_pem_x509_certificate(pem))
+    except (ValueError, *_UNREADABLE):
+        raise ValueError("this is no certificate in PEM that names a host") from None
+    hosts = [*names.get_values_for_type(x509.DNSName), *map(str, names.get_values_for_type(x509.IPAddress))]
+    if not hosts:
+        raise ValueError("this certificate names no host")
+    return hosts[0].replace("*", "any")
+
+
+_UNREADABLE: Final = (
+    x509.DuplicateExtension,
+    x509.ExtensionNotFound,
+    x509.InvalidVersion,
+    x509.UnsupportedGeneralNameType,
+)
+"""What reading a certificate may raise beside ValueError."""
+
+
+def _alternative_names(certificate: x509.Certificate) -> x509.SubjectAlternativeName:
+    return certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+
+
+def check_certificate(chain: bytes, key: bytes) -> datetime:
+    """Check a server's certificate, the first of a chain, and its private key. Return when the certificate ends.
+
+    Raises:
+        ValueError: They are unreadable, not of each other, or not of this time: a line a fault, nothing of the key.
+    """
+    faults: list[str] = []
+    try:
+        certificate = x509.load_pem_x509_certificates(chain)[0]
+    except ValueError:
+        certificate = None
+        faults.append("tls_cert holds no certificate in PEM")
+    try:
+        private = load_pem_private_key(key, None)
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        # Its text might quote what it read. TypeError: the key is encrypted.
+        private = None
+        faults.append("tls_key holds no private key in PEM; one without a passphrase is right")
+    if certificate and private and certificate.public_key() != private.public_key():
+        faults.append("tls_key is not the key of tls_cert's first certificate, which must be the server's own")
+    if certificate:
+        faults += [f"tls_cert {fault}" for fault in _out_of_time(certificate)]
+    if certificate is None or faults:
+        raise ValueError("\n".join(faults))
+    return certificate.not_valid_after_utc
+
+
+def check_authorities(bundle: bytes) -> None:
+    """Check a bundle of authorities.
+
+    Raises:
+        ValueError: It cannot be read, or none of them is of this time.
+    """
+    try:
+        authorities = x509.load_pem_x509_certificates(bundle)
+    except ValueError:
+        raise ValueError("tls_client_ca holds no certificate in PEM") from None
+    faults = [fault for authority in authorities for fault in _out_of_time(authority)]
+    if len(faults) == len(authorities):
+        raise ValueError(f"tls_client_ca {faults[0]}, so no client's certificate would be taken")
+
+
+def _out_of_time(certificate: x509.Certificate) -> list[str]:
+    """Return what to say of a certificate that is not valid now: one line, or none."""
+    now = datetime.now(UTC)
+    if now > certificate.not_valid_after_utc:
+        return [f"expired at {certificate.not_valid_after_utc:%Y-%m-%d %H:%M} UTC: renew it"]
+    if now < certificate.not_valid_before_utc:
+        return [f"is not valid before {certificate.not_valid_before_utc:%Y-%m-%d %H:%M} UTC: is the clock right?"]
+    return []
 
 
 # Codes of one-time tokens

@@ -11,6 +11,8 @@ import contextlib
 import logging
 import re
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from contextvars import Context
+from functools import partial
 from importlib import resources
 from typing import Any, Final, TypeVar
 
@@ -18,7 +20,8 @@ import psycopg
 from psycopg.rows import DictRow, dict_row
 from psycopg_pool import AsyncConnectionPool, PoolClosed, PoolTimeout, TooManyRequests
 
-from service.errors import DatabaseUnavailable, OnetimeError, OutcomeUnknown
+from service.call import Call, current_call
+from service.errors import DatabaseUnavailable, InternalError, OnetimeError, OutcomeUnknown
 
 Connection = psycopg.AsyncConnection[DictRow]
 Params = Mapping[str, object]
@@ -29,6 +32,11 @@ LOCK_TIMEOUT_MS: Final = 2_000
 
 STATEMENT_TIMEOUT_MS: Final = 4_000
 """Less than the server's cap on a call (5 s), so that the database gives up first."""
+
+TRIP_TIMEOUT_S: Final = 4.5
+"""How long a trip to the database may take by our own clock. The database's own limits come first, except in COMMIT,
+where it waits for a synchronous standby as long as that takes, and where it is frozen or out of reach. Less than the
+server's cap on a call (5 s) too, so that the caller can still be told what happened."""
 
 IDLE_IN_TRANSACTION_TIMEOUT_MS: Final = 10_000
 """Ends the transaction of a process that was stopped in its middle, and with it its locks."""
@@ -71,8 +79,9 @@ class Transaction:
         """Take a connection in autocommit mode, on which BEGIN has not been sent yet."""
         self._connection = connection
         self.begun = False
-        self._doubt = False
         self.committed = False
+        self.in_doubt = False
+        """Whether COMMIT was sent and its outcome not heard."""
 
     async def fetch(self, query: str, params: Params) -> list[DictRow]:
         """Run a statement in this transaction, and return its rows."""
@@ -84,13 +93,14 @@ class Transaction:
 
     async def read(self, query: str, params: Params) -> list[DictRow]:
         """Run a statement that only reads, outside of any transaction block, and return its rows."""
-        return await (await self._connection.execute(query, params)).fetchall()
+        async with asyncio.timeout(TRIP_TIMEOUT_S):
+            return await (await self._connection.execute(query, params)).fetchall()
 
     async def commit(self, *statements: tuple[str, Params]) -> list[list[DictRow]]:
         """Run statements and COMMIT in one trip, and return their rows. What was asked for is then on disk.
 
         Raises:
-            OutcomeUnknown: The connection was lost, or a standby did not confirm, after COMMIT was sent.
+            OutcomeUnknown: A synchronous standby did not confirm.
         """
         warnings: list[str] = []
 
@@ -104,7 +114,7 @@ class Transaction:
         except psycopg.Error as error:
             if not _connection_lost(error, self._connection):
                 # The server told which statement failed, so COMMIT became a rollback.
-                self._doubt = False
+                self._tell(in_doubt=False)
             raise
         finally:
             self._connection.remove_notice_handler(heed)
@@ -112,27 +122,39 @@ class Transaction:
             # The only warning that COMMIT gives: it stopped waiting for a synchronous standby.
             raise OutcomeUnknown
         self.committed = True
+        self._tell(in_doubt=False)
         return rows
 
     async def _trip(self, statements: Sequence[tuple[str, Params]], *, commit: bool) -> list[list[DictRow]]:
         begin = not self.begun
         self.begun = True
-        async with self._connection.pipeline():
+        # At the limit psycopg asks the server to cancel. A COMMIT that waits for a standby then ends, with a warning,
+        # and the connection is as good as before. Where the server does not hear, psycopg closes it after 10 s.
+        async with asyncio.timeout(TRIP_TIMEOUT_S), self._connection.pipeline():
             if begin:
                 await self._connection.execute("BEGIN")
             cursors = [await self._connection.execute(query, params) for query, params in statements]
             if commit:
                 # From here on the server may have committed, whatever we hear of it. Not before: a connection that was
                 # stale shows it at BEGIN, and then the work can be done again on another one.
-                self._doubt = True
+                self._tell(in_doubt=True)
                 await self._connection.execute("COMMIT")
         # Fetched after the pipeline's end: a fetch inside it would be a trip of its own.
         return [await cursor.fetchall() if cursor.description else [] for cursor in cursors]
 
-    @property
-    def in_doubt(self) -> bool:
-        """Whether COMMIT was sent and its outcome not heard."""
-        return self._doubt and not self.committed
+    async def roll_back(self) -> None:
+        """End the transaction without effect, if it has begun and is not committed."""
+        if self.begun and not self.committed:
+            with contextlib.suppress(psycopg.Error, TimeoutError):
+                async with asyncio.timeout(TRIP_TIMEOUT_S):
+                    await self._connection.execute("ROLLBACK")
+
+    def _tell(self, *, in_doubt: bool) -> None:
+        """Remember whether there is doubt, and tell the call, which may reach its time limit meanwhile."""
+        self.in_doubt = in_doubt
+        call = current_call.get(None)
+        if call is not None:
+            call.in_doubt = in_doubt
 
 
 def _connection_lost(error: psycopg.Error, connection: Connection) -> bool:
@@ -185,14 +207,15 @@ class Database:
 
         `work` decides: it ends with `commit`, or leaves the transaction to be rolled back by raising or by returning
         without. It is called once more, on a new connection, if the first was lost before anything was sent to be
-        committed.
+        committed, or led to a server that takes no writes.
 
         Raises:
             DatabaseUnavailable: Nothing happened.
             OutcomeUnknown: Nobody can know whether it happened.
         """
         result = await self.protect(self._transact(work))
-        self._after_write()
+        # In a context of its own: what it starts belongs to no call.
+        Context().run(self._after_write)
         return result
 
     async def ping(self) -> bool:
@@ -202,10 +225,13 @@ class Database:
             DatabaseUnavailable: It does not answer.
         """
         (row,) = await self.fetch(_QUERIES["ping"], {})
+        if not row["writable"]:
+            # Look for the new primary, even if no calls come: a balancer sends none to where health is bad.
+            await self.pool.drain()
         return bool(row["writable"])
 
-    async def protect(self, work: Coroutine[Any, Any, T]) -> T:
-        """Let work go on to its end, even if the caller of this is cancelled.
+    async def protect(self, work: Coroutine[Any, Any, T], *, decides: bool = True) -> T:
+        """Let work go on to its end, even if the caller of this is cancelled, and log what it then decided.
 
         Otherwise a caller could see that a guess is wrong by the time it takes, hang up before it is counted, and
         guess for ever. And a caller that is cancelled gets away at once: psycopg, cancelled while its server is frozen,
@@ -217,18 +243,22 @@ class Database:
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
-            task.add_done_callback(_log_unheard)
+            call = current_call.get(None)
+            if call is not None:
+                call.unheard = task
+            task.add_done_callback(partial(_log_unheard, call if decides else None))
             raise
 
     async def _transact(self, work: Callable[[Transaction], Awaitable[T]]) -> T:
         try:
             return await self._attempt(work)
-        except _LostBeforeCommitError:
-            # The database was restarted: every connection of the pool is as stale as this one.
+        except _WrongConnectionError:
+            # The database was restarted, or another server has become the primary: every connection of the pool is as
+            # stale as this one.
             await self.pool.drain()
         try:
             return await self._attempt(work)
-        except _LostBeforeCommitError as error:
+        except _WrongConnectionError as error:
             raise DatabaseUnavailable from error
 
     async def _attempt(self, work: Callable[[Transaction], Awaitable[T]]) -> T:
@@ -237,12 +267,10 @@ class Database:
                 transaction = Transaction(connection)
                 try:
                     return await work(transaction)
-                except psycopg.Error as error:
+                except (psycopg.Error, TimeoutError) as error:
                     raise _translated(error, transaction, connection) from error
                 finally:
-                    if transaction.begun and not transaction.committed:
-                        with contextlib.suppress(psycopg.Error):
-                            await connection.execute("ROLLBACK")
+                    await transaction.roll_back()
         except (PoolTimeout, TooManyRequests, PoolClosed) as error:
             raise DatabaseUnavailable from error
 
@@ -256,39 +284,64 @@ class Database:
         async def read(transaction: Transaction) -> list[DictRow]:
             return await transaction.read(query, params)
 
-        return await self.protect(self._transact(read))
+        return await self.protect(self._transact(read), decides=False)
 
 
-def _log_unheard(task: asyncio.Task[Any]) -> None:
-    """Log a bug in work whose caller has gone; nobody else will ask for its outcome."""
-    error = None if task.cancelled() else task.exception()
-    if error is not None and not isinstance(error, OnetimeError):
+def _log_unheard(call: Call | None, task: asyncio.Task[Any]) -> None:
+    """Log how work ended whose caller has gone: what was decided is on record, though nobody heard it."""
+    if task.cancelled():
+        return
+    error = task.exception()
+    if error is None:
+        outcome = "OK"
+    elif isinstance(error, OnetimeError):
+        outcome = error.reason
+    else:
+        outcome = InternalError.reason
         _LOG.error("work of a cancelled call failed", exc_info=error)
+    if call is not None:
+        line = {
+            "event": "audit",
+            "call_id": call.call_id,
+            "service": call.service,
+            "method": call.method,
+            "caller": call.caller,
+            "outcome": outcome,
+            "heard": False,
+            **call.subject,
+        }
+        # As all audit events, whatever level is set.
+        _LOG.handle(logging.LogRecord(_LOG.name, logging.INFO, __file__, 0, line, (), None))
 
 
-class _LostBeforeCommitError(Exception):
-    """The connection was lost, and nothing was sent to be committed: the work can be done again."""
+class _WrongConnectionError(Exception):
+    """Nothing was sent to be committed, and on another connection it may succeed: the work can be done again."""
 
 
-def _translated(error: psycopg.Error, transaction: Transaction, connection: Connection) -> Exception:
-    """Return what a driver's error means. Errors that are bugs of ours are returned as they are."""
+def _translated(error: psycopg.Error | TimeoutError, transaction: Transaction, connection: Connection) -> Exception:
+    """Return what a failure means. Errors that are bugs of ours are returned as they are."""
     if transaction.in_doubt:
         return OutcomeUnknown()
-    if _connection_lost(error, connection):
-        return _LostBeforeCommitError()
-    if isinstance(error, psycopg.OperationalError | psycopg.errors.ReadOnlySqlTransaction):
-        # Timeouts of a lock or a statement, a full disk, a standby: the statement failed whole.
+    if isinstance(error, TimeoutError):
+        # No second try: the call's own time is over as well.
+        return DatabaseUnavailable()
+    if isinstance(error, psycopg.errors.ReadOnlySqlTransaction) or _connection_lost(error, connection):
+        # A server that takes no writes was the primary until a moment ago.
+        return _WrongConnectionError()
+    if isinstance(error, psycopg.OperationalError):
+        # Timeouts of a lock or a statement, a full disk: the statement failed whole.
         return DatabaseUnavailable()
     return error
 
 
 async def _configure(connection: Connection) -> None:
     """Set what every statement relies on. Not in the connection string: poolers refuse start-up options."""
-    await connection.execute(
-        _QUERIES["configure_session"],
-        {
-            "statement_timeout": str(STATEMENT_TIMEOUT_MS),
-            "lock_timeout": str(LOCK_TIMEOUT_MS),
-            "idle_timeout": str(IDLE_IN_TRANSACTION_TIMEOUT_MS),
-        },
-    )
+    async with asyncio.timeout(CONNECT_TIMEOUT_S):
+        await connection.execute(
+            _QUERIES["configure_session"],
+            {
+                "statement_timeout": str(STATEMENT_TIMEOUT_MS),
+                "lock_timeout": str(LOCK_TIMEOUT_MS),
+                "idle_timeout": str(IDLE_IN_TRANSACTION_TIMEOUT_MS),
+            },
+        )

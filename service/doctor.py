@@ -4,18 +4,34 @@ Each check gives findings, a line each; one that fails or warns names its cure. 
 failure as long as there is something left to look at. It knows nothing of how findings are shown.
 """
 
+import os
 import stat
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any, Final, Literal
 
 import psycopg
+from psycopg.conninfo import conninfo_to_dict
 from psycopg.rows import dict_row
 
-from service import migrations
-from service.config import Settings, SettingsError, is_cheap, load_keyring
+from service import app, migrations
+from service.config import (
+    IDENTIFYING,
+    Settings,
+    SettingsError,
+    format_duration,
+    is_cheap,
+    is_loopback,
+    load_keyring,
+    option_of,
+    parse_listen,
+)
 from service.crypto import Keyring
-from service.db import load_queries
+from service.db import Params, load_queries
+from service.reload import WARN_BEFORE
 
 _QUERIES: Final = load_queries("doctor")
 _TRUST: Final = load_queries("app")["trust"]
@@ -23,6 +39,13 @@ _TRUST: Final = load_queries("app")["trust"]
 _CONNECT_TIMEOUT_S: Final = 5
 _STATEMENT_TIMEOUT_MS: Final = 60_000
 """The whole of both tables is read: neither has an index on what is asked."""
+
+_NIST_IN_A_ROW: Final = 100
+_NIST_OUT_OF_BAND: Final = timedelta(minutes=10)
+_NIST_CONFIRMATION: Final = timedelta(hours=24)
+_WORST_ODDS: Final = 0.02
+_WORST_DRIFT_S: Final = 30
+_MANY_ROWS: Final = 200_000
 
 Connection = psycopg.AsyncConnection[dict[str, Any]]
 
@@ -39,7 +62,7 @@ class Finding:
 
 
 async def examine(settings: Settings) -> AsyncIterator[Finding]:
-    """Give the findings on the keys, the hashing and the database."""
+    """Give the findings on the keys, the callers, the settings and the database."""
     ring: Keyring | None = None
     try:
         ring = load_keyring(settings)
@@ -48,7 +71,8 @@ async def examine(settings: Settings) -> AsyncIterator[Finding]:
             yield Finding("keys", "fail", problem, "put it right, or make a new file with `onetime keys init`")
     else:
         yield _keys(settings, ring)
-    yield _hashing(settings)
+    for finding in (*_callers(settings), _hashing(settings), *_limits(settings), *_running(settings)):
+        yield finding
     try:
         async with await psycopg.AsyncConnection.connect(
             settings.database_url,
@@ -57,11 +81,17 @@ async def examine(settings: Settings) -> AsyncIterator[Finding]:
             application_name="onetime doctor",
             row_factory=dict_row,
         ) as connection:
-            async for finding in _database(connection, ring):
+            async for finding in _database(settings, connection, ring):
                 yield finding
     except psycopg.Error as error:
         text = error.diag.message_primary or str(error).partition("\n")[0]
         yield Finding("database", "fail", text, "check database_url, that the server runs, and the role's privileges")
+
+
+def _open_to_others(path: Path, forbidden: int) -> str | None:
+    """Return the mode of a file with permissions that it must not have, or None."""
+    mode = stat.S_IMODE(path.stat().st_mode)
+    return f"{mode:04o}" if mode & forbidden else None
 
 
 def _keys(settings: Settings, ring: Keyring) -> Finding:
@@ -70,15 +100,60 @@ def _keys(settings: Settings, ring: Keyring) -> Finding:
     text = f"{ring.keys[0].id} makes; {ids} check" if len(ring.keys) > 1 else f"{ids} makes and checks"
     if settings.keys_file is None:
         return Finding("keys", "ok", f"{text} (from the environment)")
-    mode = stat.S_IMODE(settings.keys_file.stat().st_mode)
-    if mode & (stat.S_IRWXG | stat.S_IRWXO):
+    mode = _open_to_others(settings.keys_file, stat.S_IRWXG | stat.S_IRWXO)
+    if mode:
         return Finding(
             "keys",
             "fail",
-            f"{settings.keys_file} is open to others (mode {mode:04o})",
+            f"{settings.keys_file} is open to others (mode {mode})",
             f"chmod 600 {settings.keys_file}; if others may have read it, `onetime keys add`, `switch` and `retire`",
         )
     return Finding("keys", "ok", text)
+
+
+def _callers(settings: Settings) -> Iterator[Finding]:
+    """Tell whether callers can be identified, and whether others can become one."""
+    given = [name for name in IDENTIFYING if getattr(settings, name)]
+    if not given:
+        others = ", ".join(map(option_of, IDENTIFYING))
+        yield Finding("callers", "ok", f"whoever is on this machine, with --insecure-loopback; for others set {others}")
+        return
+    if len(given) < len(IDENTIFYING):
+        missing = ", ".join(option_of(name) for name in IDENTIFYING if name not in given)
+        yield Finding("callers", "fail", f"{missing} missing beside {given[0]}", "all of them are needed, or none")
+        return
+    try:
+        files = app.read_files(settings, plain_text=False)
+    except SettingsError as error:
+        # What is wrong with the keys is told already.
+        for problem in (each for each in error.problems if "_KEYS" not in each and not each.startswith("keys_file")):
+            yield Finding("callers", "fail", problem, "put it right: a server that runs keeps what it had before")
+        return
+    yield from _policy(settings, files)
+    for name, forbidden, danger in (
+        ("tls_key", stat.S_IRWXG | stat.S_IRWXO, "whoever has read it can pose as this server"),
+        ("policy_file", stat.S_IWGRP | stat.S_IWOTH, "whoever writes to it decides who may do what"),
+        ("tls_client_ca", stat.S_IWGRP | stat.S_IWOTH, "whoever writes to it decides who is let in"),
+    ):
+        path: Path | None = getattr(settings, name)
+        mode = path and _open_to_others(path, forbidden)
+        if mode:
+            right = "600" if name == "tls_key" else "644"
+            yield Finding("callers", "fail", f"{path} has mode {mode}: {danger}", f"chmod {right} {path}")
+
+
+def _policy(settings: Settings, files: app.Files) -> Iterator[Finding]:
+    """Tell who may do what, and until when the certificate is good."""
+    if files.callers is not None:
+        by = "certificate or API key" if settings.tls_client_ca else "API key"
+        yield Finding("callers", "ok", f"{_counted(len(files.callers.names()), 'caller')}, known by {by}")
+    if files.certificate is not None:
+        left = files.certificate.not_after - datetime.now(UTC)
+        text = f"the certificate expires at {files.certificate.not_after:%Y-%m-%d %H:%M} UTC"
+        if left < WARN_BEFORE:
+            yield Finding("certificate", "warn", text, "renew it: servers take the new files within seconds")
+        else:
+            yield Finding("certificate", "ok", text)
 
 
 def _hashing(settings: Settings) -> Finding:
@@ -99,12 +174,70 @@ def _hashing(settings: Settings) -> Finding:
     return Finding("hashing", "ok", f"Argon2id with {cost}; {settings.argon2_threads} at once take {memory} MiB")
 
 
-async def _database(connection: Connection, ring: Keyring | None) -> AsyncIterator[Finding]:
+def _limits(settings: Settings) -> Iterator[Finding]:
+    """Tell how far somebody gets who guesses, if more is allowed than by default."""
+    findings = []
+    if settings.failures_in_a_row > _NIST_IN_A_ROW:
+        text = f"{settings.failures_in_a_row} wrong codes in a row stop a subject"
+        findings.append(Finding("limits", "warn", f"{text}; NIST SP 800-63B asks for 100 at most", "lower it"))
+    odds = 1 - (1 - 1e-6) ** (365 * settings.failures_per_day)
+    if odds > _WORST_ODDS:
+        findings.append(
+            Finding(
+                "limits",
+                "warn",
+                f"{settings.failures_per_day} guesses a day find a 6-digit code in a year with a chance of {odds:.1%}",
+                f"lower {option_of('failures_per_day')}, or issue codes of 8 digits",
+            )
+        )
+    if settings.reauthentication_max_ttl > _NIST_OUT_OF_BAND:
+        text = f"reauthentication tokens may live for {format_duration(settings.reauthentication_max_ttl)}"
+        findings.append(Finding("limits", "warn", f"{text}; NIST SP 800-63B asks for 10m at most", "lower it"))
+    if settings.email_verification_max_ttl > _NIST_CONFIRMATION:
+        text = f"email verifications may live for {format_duration(settings.email_verification_max_ttl)}"
+        findings.append(Finding("limits", "warn", f"{text}; NIST SP 800-63A asks for 24h at most", "lower it"))
+    yield from findings or [
+        Finding("limits", "ok", f"a subject is guessed in a year with a chance of {odds:.1%} at most")
+    ]
+
+
+def _running(settings: Settings) -> Iterator[Finding]:
+    """Tell what will hurt once the server runs."""
+    if settings.cleanup_probability == 0:
+        cure = f"set {option_of('cleanup_probability')} to 0.1, or run `onetime cleanup` by a timer"
+        yield Finding("clean-up", "warn", "no write starts a clean-up: the tables grow without end", cure)
+    memory = settings.argon2_memory_kib * settings.argon2_threads * 1024
+    limit = _memory_limit()
+    if settings.code_hashing == "argon2id" and limit and memory > limit / 2:
+        yield Finding(
+            "memory",
+            "fail",
+            f"Argon2 may take {memory // 2**20} MiB of the {limit // 2**20} MiB that this process may use",
+            f"lower {option_of('argon2_threads')}, or give it more memory",
+        )
+    if settings.metrics_listen and not is_loopback(parse_listen(settings.metrics_listen)[0]):
+        cure = "let nobody but Prometheus reach it; there is no secret in them"
+        yield Finding("metrics", "warn", f"whoever reaches {settings.metrics_listen} may read the metrics", cure)
+
+
+def _memory_limit() -> int | None:
+    """Return the bytes that this process may use, by its control group or by what the machine has."""
+    with suppress(OSError, ValueError):
+        return int(Path("/sys/fs/cgroup/memory.max").read_text("ascii"))
+    with suppress(OSError, ValueError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return None
+
+
+async def _database(settings: Settings, connection: Connection, ring: Keyring | None) -> AsyncIterator[Finding]:
     """Give the findings on the server, the schema and the rows."""
     await connection.execute(_QUERIES["configure_session"], {"statement_timeout": str(_STATEMENT_TIMEOUT_MS)})
     server = await _rows(connection, _QUERIES["server"])
     yield Finding("database", "ok", f"PostgreSQL {server[0]['version']}")
+    (operation,) = await _rows(connection, _QUERIES["operation"])
     findings = [
+        *_transport(connection),
+        *_operation(settings, connection, operation),
         *_trust(await _rows(connection, _TRUST)),
         *_log_parameters(await _rows(connection, _QUERIES["unset_log_parameters"])),
     ]
@@ -114,9 +247,59 @@ async def _database(connection: Connection, ring: Keyring | None) -> AsyncIterat
     if not pending:
         findings.append(Finding("migrations", "ok", "up to date"))
         findings += _foreign(await _rows(connection, _QUERIES["foreign_rows"]))
-        findings += _retired(await _rows(connection, _QUERIES["keys_in_use"]), ring) if ring else []
+        in_a_row: Params = {"failures_in_a_row": settings.failures_in_a_row}
+        findings += _stopped(await _rows(connection, _QUERIES["stopped_subjects"], in_a_row))
+        findings += _unindexed(await _rows(connection, _QUERIES["unindexed_users"]))
+        if ring:
+            longest: Params = {"longest_ttl": settings.longest_ttl().total_seconds()}
+            findings += _in_use(await _rows(connection, _QUERIES["keys_in_use"], longest), ring)
     for finding in findings:
         yield finding
+
+
+def _transport(connection: Connection) -> Iterator[Finding]:
+    """Tell whether somebody on the way to the database can read along, or be the database."""
+    info = connection.info
+    if info.host.startswith("/") or is_loopback(info.host):
+        return
+    mode = str(conninfo_to_dict(info.dsn).get("sslmode") or os.environ.get("PGSSLMODE") or "prefer")
+    cure = "sslmode=verify-full in database_url, with sslrootcert for an authority of your own"
+    if not info.pgconn.ssl_in_use:
+        yield Finding("database TLS", "fail", f"the connection to {info.host} is in plain text", cure)
+    elif mode not in ("verify-full", "verify-ca"):
+        yield Finding("database TLS", "warn", f"sslmode is {mode}: anybody may pose as {info.host}", cure)
+    else:
+        yield Finding("database TLS", "ok", f"sslmode is {mode}")
+
+
+def _operation(settings: Settings, connection: Connection, row: Mapping[str, Any]) -> Iterator[Finding]:
+    """Tell what the server's operator may have got wrong."""
+    findings = []
+    if row["backend_pid"] != connection.info.backend_pid:
+        text = (
+            "a pooler stands between: in transaction mode, settings of a session reach others and prepared statements"
+        )
+        findings.append(Finding("operation", "warn", f"{text} are lost", "pool by session, or connect without it"))
+    wanted = settings.pool_size + 1
+    if row["connections"] < 2 * wanted:
+        text = f"PostgreSQL lets {row['connections']} connections in, and each server takes {wanted}"
+        cure = f"raise max_connections, or lower {option_of('pool_size')}: two servers stand side by side in a rollout"
+        findings.append(Finding("operation", "warn", text, cure))
+    if not row["autovacuum"]:
+        findings.append(Finding("operation", "warn", "autovacuum is off: the tables grow without end", "set it on"))
+    if row["waits_for_standby"] and not row["standbys"]:
+        text = "each COMMIT waits for a synchronous standby, and none is connected: every write will be OUTCOME_UNKNOWN"
+        findings.append(Finding("operation", "fail", text, "bring a standby back, or change synchronous_standby_names"))
+    if row["standbys"] and not row["waits_for_standby"]:
+        text = "replication is asynchronous: a failover may bring spent tokens back"
+        findings.append(Finding("operation", "warn", text, "set synchronous_standby_names"))
+    drift = abs((row["now"] - datetime.now(UTC)).total_seconds())
+    if drift > _WORST_DRIFT_S:
+        text = (
+            f"the clocks of this host and the database are {drift:.0f} s apart: certificates and logs go by this one's"
+        )
+        findings.append(Finding("operation", "warn", text, "synchronise them; tokens go by the database's"))
+    yield from findings or [Finding("operation", "ok", "connections, vacuum, replication and clock are in order")]
 
 
 def _trust(rows: list[dict[str, Any]]) -> Iterator[Finding]:
@@ -162,32 +345,63 @@ def _foreign(rows: list[dict[str, Any]]) -> Iterator[Finding]:
         yield Finding(
             "foreign rows",
             "fail",
-            f"{row['table_name']} has {_counted(row['rows'])} that another system wrote since onetime took it over, "
-            f"the last at {row['newest']:%Y-%m-%d %H:%M} UTC",
+            f"{row['table_name']} has {_counted(row['rows'], 'row')} that another system wrote since onetime took it "
+            f"over, the last at {row['newest']:%Y-%m-%d %H:%M} UTC",
             "stop that system's writing to this table: two systems on one table are not supported",
         )
     if not rows:
         yield Finding("foreign rows", "ok", "none since onetime took the tables over")
 
 
-def _retired(rows: list[dict[str, Any]], ring: Keyring) -> Iterator[Finding]:
-    """Tell whether tokens are left that no key of the ring can check."""
-    known = {key.id for key in ring.keys}
-    lost = [row for row in rows if row["key_id"] not in known]
-    for row in lost:
+def _in_use(rows: list[dict[str, Any]], ring: Keyring) -> Iterator[Finding]:
+    """Tell where the replacement of a key stands, and whether tokens are left that no key of the ring can check."""
+    live = {row["key_id"]: row for row in rows}
+    for key in ring.keys[1:]:
+        row = live.pop(key.id, None)
+        if row:
+            text = f"{key.id} checks, and {_counted(row['rows'], 'live token')} need it"
+            until = f"{row['last_expiry']:%Y-%m-%d %H:%M} UTC, unless another server still makes under it"
+            yield Finding("keys in use", "ok", f"{text} until {until}")
+        else:
+            step = f"`onetime keys switch {key.id}` if it is new, `onetime keys retire {key.id}` if it is old"
+            yield Finding("keys in use", "ok", f"{key.id} checks, and no live token needs it: {step}")
+    maker = ring.keys[0].id
+    row = live.pop(maker, None)
+    yield Finding("keys in use", "ok", f"{maker} makes; {_counted(row['rows'] if row else 0, 'live token')} so far")
+    for key_id, row in live.items():
         yield Finding(
-            "retired keys",
+            "keys in use",
             "warn",
-            f"{_counted(row['rows'])} made under key {row['key_id']}, which the ring does not have: they are refused",
+            f"{_counted(row['rows'], 'live token')} made under key {key_id}, which the ring does not have: refused",
             "put the key back if it is not compromised, or let them expire",
         )
-    if not lost:
-        yield Finding("retired keys", "ok", "every row was made under a key of the ring")
 
 
-def _counted(rows: int) -> str:
-    return "1 row" if rows == 1 else f"{rows} rows"
+def _stopped(rows: list[dict[str, Any]]) -> Iterator[Finding]:
+    """Tell whether anybody is being guessed at."""
+    if rows[0]["subjects"]:
+        yield Finding(
+            "limits",
+            "warn",
+            f"{_counted(rows[0]['subjects'], 'user')} had so many wrong codes in a row that their codes were stopped",
+            "look who is guessing; `onetime unlock` for an owner who cannot wait",
+        )
 
 
-async def _rows(connection: Connection, query: str) -> list[dict[str, Any]]:
-    return await (await connection.execute(query)).fetchall()
+def _unindexed(rows: list[dict[str, Any]]) -> Iterator[Finding]:
+    """Tell whether the deletion of a user takes long."""
+    if rows and rows[0]["rows"] > _MANY_ROWS:
+        yield Finding(
+            "index",
+            "warn",
+            f"PurgeUser, and your own deletion of a user, reads {rows[0]['rows']} rows of email_verification_tokens",
+            "create index concurrently on public.email_verification_tokens (user_id); onetime puts up with it",
+        )
+
+
+def _counted(count: int, what: str) -> str:
+    return f"1 {what}" if count == 1 else f"{count} {what}s"
+
+
+async def _rows(connection: Connection, query: str, params: Params | None = None) -> list[dict[str, Any]]:
+    return await (await connection.execute(query, params)).fetchall()

@@ -3,8 +3,9 @@
 The use cases, from a checked request to the statements of `sql/email_verification.sql`. Who calls and how errors travel
 is the interceptors' business.
 
-A code is compared while its row is locked, and the verdict is committed before anybody hears it, in a transaction that
-no caller can cancel: so no more than `max_attempts` wrong codes are ever compared, however many arrive at once.
+A code is compared while its row and the budget of its user are locked, and the verdict is committed before anybody
+hears it, in a transaction that no caller can cancel: so no more wrong codes are ever compared than the limits allow,
+however many arrive at once.
 """
 
 import uuid
@@ -19,11 +20,14 @@ from onetime.v1 import email_verification_pb2 as pb
 from onetime.v1 import email_verification_pb2_grpc as pb_grpc
 from psycopg.errors import ForeignKeyViolation
 
+from service import budgets
+from service.call import about, current_call
 from service.config import Settings
 from service.crypto import EMAIL_CODE_LENGTH, Keyring, equal, new_code, new_email_token
 from service.db import CHARGE_NOBODY, Database, Params, Transaction, load_queries
 from service.errors import (
     AttemptsExhausted,
+    CallerNotAllowed,
     CodeMismatch,
     CredentialError,
     MailNotConfigured,
@@ -31,6 +35,7 @@ from service.errors import (
     TokenExpired,
     TokenNotFound,
     TokenUsed,
+    TooSoon,
     UserNotFound,
 )
 from service.fields import Fields
@@ -58,14 +63,34 @@ class _Key:
     token_hashes: Sequence[str]
 
     def params(self) -> Params:
-        """Return the parameters of `find_verifications` and `lock_verifications`."""
+        """Return the parameters of `find_verifications` and `lock_verifications`: others' are as if there were none."""
+        call = current_call.get()
+        caller = None if call.permissions.any_caller else call.caller
         if self.id:
-            return {"ords": [1], "ids": [self.id], "token_hashes": [None]}
+            return {"ords": [1], "ids": [self.id], "token_hashes": [None], "callers": [caller]}
+        count = len(self.token_hashes)
         return {
-            "ords": [1] * len(self.token_hashes),
-            "ids": [None] * len(self.token_hashes),
+            "ords": [1] * count,
+            "ids": [None] * count,
             "token_hashes": self.token_hashes,
+            "callers": [caller] * count,
         }
+
+    def lock(self) -> tuple[str, Params]:
+        """Return the statement that locks the verification until the end of the transaction."""
+        return _QUERIES["lock_verifications"], self.params()
+
+    def locked(self, rows: Sequence[Row]) -> Row:
+        """Return what `lock` found.
+
+        Raises:
+            TokenNotFound: Nothing; or, while this call waited, a retry of StartEmailVerification replaced the token.
+        """
+        row = _only(rows)
+        _about(row)
+        if not self.id and row["token_hash"] not in self.token_hashes:
+            raise TokenNotFound
+        return row
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -107,6 +132,9 @@ class EmailVerifications(pb_grpc.EmailVerificationServiceServicer):
         ttl = fields.ttl(request.ttl if request.HasField("ttl") else None, default=lifetime, ceiling=ceiling)
         request_id = fields.request_id(request.request_id)
         fields.done()
+        permissions = current_call.get().permissions
+        if not (permissions.return_code if delivery == "return_code" else permissions.send_email):
+            raise CallerNotAllowed(f"the policy does not let this caller use {delivery}")
         if delivery == "send_email":
             raise MailNotConfigured
 
@@ -124,9 +152,14 @@ class EmailVerifications(pb_grpc.EmailVerificationServiceServicer):
     async def _start(
         self, intent: Intent, new: _NewVerification, transaction: Transaction
     ) -> pb.StartEmailVerificationResponse:
-        earlier = await intent.claim(transaction)
+        spender = (new.user_id, budgets.EMAIL_VERIFICATION)
+        known: tuple[str, Params] = (_QUERIES["find_users"], {"user_ids": [new.user_id]})
+        earlier, (users, _, (budget,)) = await intent.claim(transaction, known, *budgets.lock(spender))
         if earlier:
             return await self._restart(earlier.row_id, new, transaction)
+        if not users and not self._adds_users:
+            raise UserNotFound
+        budgets.refuse_sends(self._settings, budget)
         params: Params = {
             "ids": [new.id],
             "user_ids": [new.user_id],
@@ -137,25 +170,30 @@ class EmailVerifications(pb_grpc.EmailVerificationServiceServicer):
             "deliveries": ["return_code"],
         }
         statements: list[tuple[str, Params]] = [(_QUERIES["start_verifications"], params)]
-        if self._adds_users:
+        if not users:
             statements.insert(0, (_QUERIES["add_users"], {"user_ids": [new.user_id]}))
         try:
-            *_, rows = await transaction.fetch_all(*statements)
+            results = await transaction.commit(
+                *statements, budgets.spend(self._settings, spender), *intent.settle(new.id)
+            )
         except ForeignKeyViolation:
-            # The host deleted the user between our look and the foreign key's.
-            rows = []
+            results = [[]] * len(statements)
+        rows = results[len(statements) - 1]
         if not rows:
+            # The host deleted the user since our look.
             raise UserNotFound
-        await transaction.commit(*intent.settle(new.id))
+        (row,) = rows
+        _about(row)
         return pb.StartEmailVerificationResponse(
-            verification=self._verification(rows[0]), email_verification_token=new.token, code=new.code
+            verification=self._verification(row), email_verification_token=new.token, code=new.code
         )
 
     async def _restart(
         self, row_id: uuid.UUID, new: _NewVerification, transaction: Transaction
     ) -> pb.StartEmailVerificationResponse:
         """Give the verification of an earlier try the token of this one, if it is still pending. Its code stays."""
-        row = await self._lock(_Key(row_id, ()), transaction)
+        key = _Key(row_id, ())
+        row = key.locked(await transaction.fetch(*key.lock()))
         self._refuse_unless_pending(row)
         code = self._unseal(row)
         params: Params = {
@@ -183,32 +221,42 @@ class EmailVerifications(pb_grpc.EmailVerificationServiceServicer):
         return pb.VerifyCodeResponse(verification=self._verification(row))
 
     async def _verify(self, intent: Intent, key: _Key, code: str, transaction: Transaction) -> Row:
-        earlier = await intent.claim(transaction)
+        earlier, (rows,) = await intent.claim(transaction, key.lock())
         if earlier:
             # The first try was right: a wrong one's answer is kept, and raised by claim. A used row stays as it is.
             row = _only(await transaction.fetch(_QUERIES["find_verifications"], _Key(earlier.row_id, ()).params()))
+            _about(row)
             if row["used_at"] is None:
                 # It was right, and too late: see below.
                 raise TokenExpired
             return row
         try:
-            row = await self._lock(key, transaction)
+            row = key.locked(rows)
             right_code = self._unseal(row)
         except TokenNotFound:
-            await transaction.commit(CHARGE_NOBODY, *intent.drop())
+            # As much work as a charge: otherwise the time of an answer would tell what exists.
+            nobody = (uuid.uuid4(), budgets.EMAIL_VERIFICATION)
+            charge_none: tuple[str, Params] = (_QUERIES["charge_verifications"], {"token_hashes": [""]})
+            await transaction.commit(budgets.forget(nobody, None), charge_none, CHARGE_NOBODY, *intent.drop())
             raise
         self._refuse_unless_pending(row)
+        budgets.refuse_failures(self._settings, row)
+        subject = (row["user_id"], budgets.EMAIL_VERIFICATION)
         if not equal(code, right_code):
             mismatch = CodeMismatch(self._attempts_remaining(row) - 1)
             charge: tuple[str, Params] = (_QUERIES["charge_verifications"], {"token_hashes": [row["token_hash"]]})
-            await transaction.commit(charge, *intent.settle(row["id"], mismatch))
+            charged_at = budgets.name_of_charge(row)
+            await transaction.commit(
+                budgets.charge(self._settings, subject, charged_at), charge, *intent.settle(row["id"], mismatch)
+            )
             raise mismatch
         use: tuple[str, Params] = (_QUERIES["use_verifications"], {"ids": [row["id"]]})
-        rows, *_ = await transaction.commit(use, *intent.settle(row["id"]))
-        if not rows:
+        run_ends = [budgets.end_run(subject, None)] if row["failures_in_a_row"] else []
+        used, *_ = await transaction.commit(use, *run_ends, *intent.settle(row["id"]))
+        if not used:
             # It expired between the lock and the update.
             raise TokenExpired
-        return {**row, **rows[0]}
+        return {**row, **used[0]}
 
     async def ResendCode(self, request: pb.ResendCodeRequest, context: Context) -> pb.ResendCodeResponse:
         """Send the same code again."""
@@ -222,15 +270,32 @@ class EmailVerifications(pb_grpc.EmailVerificationServiceServicer):
         return await self._database.run(partial(self._resend, intent, key))
 
     async def _resend(self, intent: Intent, key: _Key, transaction: Transaction) -> pb.ResendCodeResponse:
-        earlier = await intent.claim(transaction)
-        row = await self._lock(_Key(earlier.row_id, ()) if earlier else key, transaction)
-        if not earlier:
-            self._refuse_unless_pending(row)
+        earlier, (rows,) = await intent.claim(transaction, key.lock())
+        if earlier:
+            # What it asks for is done. The answer tells how the verification stands now.
+            key = _Key(earlier.row_id, ())
+            return self._resent(key.locked(await transaction.fetch(*key.lock())))
+        row = key.locked(rows)
+        self._refuse_unless_pending(row)
+        wait = row["last_sent_at"] + self._settings.send_interval - row["now"]
+        if wait > timedelta():
+            raise TooSoon(wait.total_seconds())
+        budgets.refuse_sends(self._settings, row)
+        response = self._resent(row)
+        await transaction.commit(
+            budgets.spend(self._settings, (row["user_id"], budgets.EMAIL_VERIFICATION)),
+            (_QUERIES["mark_resent"], {"token_hashes": [row["token_hash"]]}),
+            *intent.settle(row["id"]),
+        )
+        return response
+
+    def _resent(self, row: Row) -> pb.ResendCodeResponse:
+        call = current_call.get()
         response = pb.ResendCodeResponse(verification=self._verification(row))
         # The frontend's token travels through browsers: it alone must never be worth the code.
-        if row["delivery"] == "return_code" and row["caller"] == intent.caller:
+        started_it = row["delivery"] == "return_code" and row["caller"] == call.caller
+        if started_it and call.permissions.return_code:
             response.code = self._unseal(row)
-        await transaction.commit(*intent.settle(row["id"]))
         return response
 
     async def MarkCodeSent(self, request: pb.MarkCodeSentRequest, context: Context) -> pb.MarkCodeSentResponse:
@@ -244,7 +309,7 @@ class EmailVerifications(pb_grpc.EmailVerificationServiceServicer):
         return pb.MarkCodeSentResponse(verification=self._verification(row))
 
     async def _mark_code_sent(self, key: _Key, transaction: Transaction) -> Row:
-        row = await self._lock(key, transaction)
+        row = key.locked(await transaction.fetch(*key.lock()))
         self._refuse_unless_pending(row)
         if row["code_sent"]:
             return row
@@ -258,6 +323,7 @@ class EmailVerifications(pb_grpc.EmailVerificationServiceServicer):
         del context
         key = self._key(request)
         row = _only(await self._database.fetch(_QUERIES["find_verifications"], key.params()))
+        _about(row)
         return pb.GetEmailVerificationResponse(verification=self._verification(row))
 
     async def CancelEmailVerification(
@@ -269,25 +335,13 @@ class EmailVerifications(pb_grpc.EmailVerificationServiceServicer):
         return pb.CancelEmailVerificationResponse(verification=self._verification(row))
 
     async def _cancel(self, key: _Key, transaction: Transaction) -> Row:
-        row = await self._lock(key, transaction)
+        row = key.locked(await transaction.fetch(*key.lock()))
         if row["used_at"] is not None:
             raise TokenUsed
         if row["deleted_at"] is not None:
             return row
         rows, *_ = await transaction.commit((_QUERIES["cancel_verifications"], {"ids": [row["id"]]}))
         return {**row, **rows[0]}
-
-    async def _lock(self, key: _Key, transaction: Transaction) -> Row:
-        """Lock a verification until the end of the transaction.
-
-        Raises:
-            TokenNotFound: There is none.
-        """
-        row = _only(await transaction.fetch(_QUERIES["lock_verifications"], key.params()))
-        if not key.id and row["token_hash"] not in key.token_hashes:
-            # While this call waited for the lock, a retry of StartEmailVerification replaced the token.
-            raise TokenNotFound
-        return row
 
     def _key(self, request: pb.GetEmailVerificationRequest | pb.CancelEmailVerificationRequest) -> _Key:
         """Return which verification a request means, by id or by token."""
@@ -356,6 +410,11 @@ class EmailVerifications(pb_grpc.EmailVerificationServiceServicer):
             delete_time=row["deleted_at"],
             attempts_remaining=self._attempts_remaining(row),
         )
+
+
+def _about(row: Row) -> None:
+    """Note which verification this call is about."""
+    about(user_id=row["user_id"], verification_id=row["id"])
 
 
 def _only(rows: Sequence[Row]) -> Row:

@@ -10,8 +10,21 @@ from datetime import timedelta
 from typing import Final
 
 from google.protobuf.duration_pb2 import Duration
+from onetime.v1 import one_time_tokens_pb2 as pb
 
 from service.errors import InvalidRequest
+
+STORED_TYPES: Final = {
+    pb.TOKEN_TYPE_CONFIRMATION: "confirmation_token",
+    pb.TOKEN_TYPE_REAUTHENTICATION: "reauthentication_token",
+    pb.TOKEN_TYPE_RECOVERY: "recovery_token",
+    pb.TOKEN_TYPE_EMAIL_CHANGE_NEW: "email_change_token_new",
+    pb.TOKEN_TYPE_EMAIL_CHANGE_CURRENT: "email_change_token_current",
+    pb.TOKEN_TYPE_PHONE_CHANGE: "phone_change_token",
+}
+"""The labels of auth.one_time_token_type."""
+
+MESSAGE_TYPES: Final = {stored: token_type for token_type, stored in STORED_TYPES.items()}
 
 _UUID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII | re.IGNORECASE)
 _LINK_SECRET: Final = re.compile(r"[A-Za-z0-9_-]{43}", re.ASCII)
@@ -22,6 +35,9 @@ _ADDRESS_LENGTH: Final = 320
 _REFUSED_CATEGORIES: Final = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 """Unicode's control, format (invisible, or turning the direction), surrogate and line-separating characters."""
 _NIL: Final = uuid.UUID(int=0)
+_MOST_VIOLATIONS: Final = 10
+"""More than any message has fields. A repeated field may hold thousands of faults, and clients drop a refusal with
+more than 8 KiB of metadata, its reason too."""
 
 
 class Fields:
@@ -37,7 +53,8 @@ class Fields:
 
     def refuse(self, field: str, right: str) -> None:
         """Note that a field is wrong, and what would be right. The first word on a field stands."""
-        self.violations.setdefault(field, right)
+        if len(self.violations) < _MOST_VIOLATIONS:
+            self.violations.setdefault(field, right)
 
     def done(self) -> None:
         """End the checks.
@@ -54,6 +71,14 @@ class Fields:
             return uuid.UUID(value)
         self.refuse(field, "a UUID in its canonical 36 characters is required")
         return _NIL
+
+    def token_type(self, field: str, value: int) -> str:
+        """Check a type of one-time tokens, and return what the table calls it."""
+        stored = STORED_TYPES.get(pb.TokenType.ValueType(value))
+        if stored is None:
+            self.refuse(field, f"one of {', '.join(map(pb.TokenType.Name, STORED_TYPES))} is required")
+            return next(iter(MESSAGE_TYPES))
+        return stored
 
     def request_id(self, value: str) -> uuid.UUID | None:
         """Check a request_id, which may be left out."""

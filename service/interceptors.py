@@ -1,7 +1,7 @@
 """What every call passes through, whatever it asks for: one list, one adapter to grpc.aio, and nothing else.
 
 `listed` is the list. It owns the call's name and its line in the log, its count, the translation of errors into
-statuses, and its time. It knows nothing of tokens.
+statuses, who may make it, and its time. It knows nothing of tokens.
 
 grpc.aio is adapted once, by `build`. A plain interceptor of grpc.aio sees four kinds of handlers, and those who wrap
 only the unary ones let streams such as Health/Watch slip past; and it sees no message that cannot be parsed, which
@@ -27,15 +27,20 @@ from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import DecodeError, Message
 
 from service import metrics
-from service.call import EVERYTHING, ServedCall, current_call
-from service.errors import InternalError, InvalidRequest, OnetimeError
+from service.call import EVERYTHING, NOTHING, ServedCall, current_call
+from service.callers import Callers
+from service.errors import CallerNotAllowed, CallerUnknown, InternalError, InvalidRequest, OnetimeError, OutcomeUnknown
 from service.logs import redacted, traceback_text
+from service.places import Places
 
 REQUEST_ID_KEY: Final = "x-request-id"
 """Metadata, both ways: the name of the call in our log, which a caller may choose."""
 
 ATTEMPTS_KEY: Final = "grpc-previous-rpc-attempts"
 """Metadata that gRPC's own retries add."""
+
+AUTHORIZATION_KEY: Final = "authorization"
+"""Metadata: `Bearer` and an API key."""
 
 LEAST_TIME_S: Final = 0.010
 """A call that arrives with less left is refused: its work would cost us, and its answer come too late."""
@@ -45,6 +50,10 @@ UNKNOWN: Final = "unknown"
 million of them, each a time series for ever."""
 
 HEALTH: Final = "grpc.health.v1.Health"
+REFLECTION: Final = "grpc.reflection.v1alpha.ServerReflection"
+
+OURS: Final = "onetime.v1."
+"""What the names of our services begin with."""
 
 UNARY: Final = "unary"
 _KINDS: Final = {
@@ -108,23 +117,27 @@ class PlainStatus(Exception):
         self.status = status
 
 
-def listed(cap: float) -> tuple[Interceptor, ...]:
+def listed(callers: Callers | None, cap: float, limit: int) -> tuple[Interceptor, ...]:
     """Return the list, outermost first. Every call passes all of it, streams and unknown methods included."""
     return (
         log_call,  # first, so that every call has a name, and a line that tells how it ended
         count_call,  # outside of all that can refuse, so that refusals count, with the status that leaves
         translate_errors,  # outside of all that can fail, so that no exception's text leaves
-        # Identity comes here: nobody unknown gets further, or takes up the room of those who are known.
-        # Then admission: what is refused for want of room has cost no work.
+        identify(callers),  # nobody unknown gets further, or takes up the room of those who are known
+        admit(limit),  # outside of parsing and the work: what is refused for want of room has cost neither
         limit_time(cap),  # last, around what takes time: parsing, the work, and nothing else
     )
 
 
-def build(*, cap: float, known: Iterable[ServiceDescription]) -> Sequence[grpc.aio.ServerInterceptor]:
+def build(
+    *, callers: Callers | None, cap: float, limit: int, known: Iterable[ServiceDescription]
+) -> Sequence[grpc.aio.ServerInterceptor]:
     """Return the interceptors to give to `grpc.aio.server`: all of them, none beside them.
 
     Args:
+        callers: Who tells callers apart; None where nobody is asked who they are, and everybody may do everything.
         cap: Seconds after which the server ends a unary call.
+        limit: How many calls may be under way at once.
         known: The services that are served: their metrics are there from the start, and no other service is served.
     """
     services = tuple(known)
@@ -133,7 +146,7 @@ def build(*, cap: float, known: Iterable[ServiceDescription]) -> Sequence[grpc.a
             metrics.series(_KINDS[method.client_streaming, method.server_streaming], service.full_name, method.name)
     for error in _descendants(OnetimeError):
         metrics.ERRORS.labels(error.reason)
-    return (_Adapter(listed(cap), services),)
+    return (_Adapter(listed(callers, cap, limit), services),)
 
 
 def _descendants(of: type[OnetimeError]) -> Iterable[type[OnetimeError]]:
@@ -150,7 +163,8 @@ def _descendants(of: type[OnetimeError]) -> Iterable[type[OnetimeError]]:
 async def log_call(call: ServedCall, proceed: Proceed) -> Answer:
     """Name the call, tell its name to the client, and write its line when it has ended.
 
-    The line of a decision about a credential is its audit record: who asked, for what, when, and how it ended.
+    The line of a call to a service of ours, or of a caller who was turned away, is an audit event: who asked for what,
+    about whom, when, and how it was decided. It is written whatever level is set.
     """
     wanted = call.header(REQUEST_ID_KEY)
     call.call_id = wanted if _SANE_ID.fullmatch(wanted) else f"{_PROCESS}-{next(_numbers):x}"
@@ -164,15 +178,20 @@ async def log_call(call: ServedCall, proceed: Proceed) -> Answer:
             level = logging.ERROR
         elif call.service == HEALTH:
             level = logging.DEBUG
-        if _LOG.isEnabledFor(level):
+        if _is_decision(call) or _LOG.isEnabledFor(level):
             # Not _LOG.log, which walks the stack to find out where it was called from.
             _LOG.handle(logging.LogRecord(_LOG.name, level, __file__, 0, _line(call), (), None))
+
+
+def _is_decision(call: ServedCall) -> bool:
+    """Tell whether a call is one that an auditor asks for."""
+    return call.service.startswith(OURS) or call.reason in (CallerUnknown.reason, CallerNotAllowed.reason)
 
 
 def _line(call: ServedCall) -> dict[str, object]:
     """Return what the log tells of a call that has ended."""
     line: dict[str, object] = {
-        "event": "call",
+        "event": "audit" if _is_decision(call) else "call",
         "call_id": call.call_id,
         "service": call.service,
         "method": call.method,
@@ -183,6 +202,7 @@ def _line(call: ServedCall) -> dict[str, object]:
     }
     if call.reason:
         line["reason"] = call.reason
+    line.update(call.subject)
     if call.method == UNKNOWN:
         line["path"] = call.path[:_LONGEST_PATH]
     attempts = call.header(ATTEMPTS_KEY)
@@ -258,7 +278,63 @@ async def _abort(call: ServedCall, refusal: OnetimeError | PlainStatus) -> Never
         call.reason = refusal.reason
         trailing = refusal.trailing_metadata()
     call.status = refusal.status
-    await call.context.abort(refusal.status, str(refusal), (*trailing, (REQUEST_ID_KEY, call.call_id)))
+    try:
+        await call.context.abort(refusal.status, str(refusal), (*trailing, (REQUEST_ID_KEY, call.call_id)))
+    except (grpc.aio.InternalError, grpc.aio.UsageError):
+        # The client has gone meanwhile, or another servicer had answered: gRPC would log either as an error of ours.
+        raise asyncio.CancelledError from None
+    raise AssertionError("abort always raises")
+
+
+def identify(callers: Callers | None) -> Interceptor:
+    """Make the interceptor that finds out who calls, and refuses what the policy does not let them do."""
+
+    async def identify(call: ServedCall, proceed: Proceed) -> Answer:
+        """Name the caller, for each call anew: a key or a name that is withdrawn is refused from the next call on.
+
+        Health is open to all. Reflection, and the news that a method does not exist, are for every caller of the
+        policy; all else is for those to whom the policy grants it, and refused before its message is parsed.
+        """
+        if callers is None:
+            call.permissions = EVERYTHING
+            return await proceed(call)
+        if call.service == HEALTH:
+            return await proceed(call)
+        authorizations = [str(value) for name, value in call.metadata if name == AUTHORIZATION_KEY]
+        call.caller, call.permissions = callers.identify(call.context.auth_context(), authorizations)
+        if call.permissions is NOTHING:
+            raise CallerNotAllowed("the policy does not name this caller")
+        rpc = f"{call.service}/{call.method}"
+        if call.service not in (REFLECTION, UNKNOWN) and not call.permissions.may_call(rpc):
+            raise CallerNotAllowed(f"the policy does not let this caller call {rpc}")
+        return await proceed(call)
+
+    return identify
+
+
+def admit(limit: int) -> Interceptor:
+    """Make the interceptor that bounds the calls under way, streams included, and shares the room among callers."""
+    places = Places(limit)
+    metrics.CALLS_UNDER_WAY.set_function(places.taken)
+
+    async def admit(call: ServedCall, proceed: Proceed) -> Answer:
+        """Refuse a call at once where there is no room, or where its caller has its share of it.
+
+        Not health's: it is cheap, and a server that is busy must not look like one that is dead.
+        """
+        if call.service == HEALTH:
+            return await proceed(call)
+        places.take(call.caller)
+        try:
+            return await proceed(call)
+        finally:
+            if call.unheard is None:
+                places.give_back(call.caller)
+            else:
+                # Otherwise a caller that hangs up at once could start any number of transactions.
+                call.unheard.add_done_callback(lambda _: places.give_back(call.caller))
+
+    return admit
 
 
 def limit_time(cap: float) -> Interceptor:
@@ -287,6 +363,9 @@ def limit_time(cap: float) -> Interceptor:
         except TimeoutError:
             if not limit.expired():
                 raise
+        if call.in_doubt:
+            # Its COMMIT is on its way, so that not even we know whether it took effect.
+            raise OutcomeUnknown
         raise PlainStatus(
             grpc.StatusCode.DEADLINE_EXCEEDED,
             f"the call was not done within {cap:g} s, which is all that this server gives a call, or by its own"
@@ -420,7 +499,6 @@ def _around(
         )
         if remaining is not None:
             call.deadline = call.started + remaining
-        call.permissions = EVERYTHING
         current_call.set(call)
         try:
             return await chain(call)

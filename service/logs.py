@@ -67,12 +67,22 @@ def configure(level: int | str, stream: TextIO) -> None:
         root.removeHandler(handler)
     handler = logging.StreamHandler(stream)
     handler.setFormatter(Lines())
+    handler.addFilter(_deserves_a_line)
     root.addHandler(handler)
 
     ours = logging.getLogger("service")
     ours.setLevel(level)
     # gRPC, psycopg, its pool and asyncio have no level of their own, and so take this one.
     root.setLevel(max(logging.WARNING, ours.level))
+
+
+def _deserves_a_line(record: logging.LogRecord) -> bool:
+    """Tell whether a record is to be written.
+
+    Not the one about a header that is not UTF-8: gRPC quotes it in full, and an API key in `authorization` is a header.
+    Any client could write such errors, one for each of its headers; the call has its own line all the same.
+    """
+    return record.name != "grpc._cython.cygrpc" or not str(record.msg).startswith("Invalid encoding on ")
 
 
 class Lines(JsonFormatter):

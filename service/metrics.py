@@ -7,7 +7,7 @@ It knows nothing of when things are counted.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -15,6 +15,7 @@ import grpc
 from prometheus_client import (
     CollectorRegistry,
     Counter,
+    Gauge,
     Histogram,
     ProcessCollector,
     disable_created_metrics,
@@ -47,6 +48,39 @@ _SECONDS: Final = Histogram(
 ERRORS: Final = Counter("onetime_errors", "Errors that callers got, by reason.", ("reason",), registry=REGISTRY)
 CLEANUP_ROWS: Final = Counter("onetime_cleanup_rows", "Rows that were cleaned away.", ("table",), registry=REGISTRY)
 CLEANUP_RUNS: Final = Counter("onetime_cleanup_runs", "Runs of the clean-up.", ("outcome",), registry=REGISTRY)
+CALLS_UNDER_WAY: Final = Gauge(
+    "onetime_calls_under_way", "Calls that count against max_concurrent_calls.", registry=REGISTRY
+)
+SERVER_RESTARTS: Final = Counter(
+    "onetime_server_restarts", "Times that gRPC has stopped taking calls and was started again.", registry=REGISTRY
+)
+ARGON2_HASHES: Final = Counter("onetime_argon2_hashes", "Argon2 hashes made and checked.", registry=REGISTRY)
+ARGON2_BUSY: Final = Gauge("onetime_argon2_busy", "Threads that make an Argon2 hash.", registry=REGISTRY)
+ARGON2_QUEUED: Final = Gauge("onetime_argon2_queued", "Codes that wait for such a thread.", registry=REGISTRY)
+
+RELOADS: Final = Counter("onetime_reloads", "Changed files that were put in force.", ("file",), registry=REGISTRY)
+RELOAD_FAILURES: Final = Counter(
+    "onetime_reload_failures", "Changed files that were not right.", ("file",), registry=REGISTRY
+)
+RELOAD_FAILING: Final = Gauge(
+    "onetime_reload_failing",
+    "1 while a file is not right, and what was read before is in force.",
+    ("file",),
+    registry=REGISTRY,
+)
+CERTIFICATE_NOT_AFTER: Final = Gauge(
+    "onetime_certificate_not_after_seconds",
+    "When the server's certificate expires, in Unix time.",
+    ("file",),  # as above; and so there is no 0, which would alarm, where there is no certificate
+    registry=REGISTRY,
+)
+_KEYS: Final = Gauge(
+    "onetime_keys",
+    "1 for each key that this server has. A key that makes must be known to all servers first.",
+    ("id", "role"),
+    registry=REGISTRY,
+)
+_shown_keys: set[tuple[str, str]] = set()
 
 _GO_CODES: Final = {
     # Go's spelling has one l; every other name is its words run together.
@@ -80,6 +114,18 @@ def series(kind: str, service: str, method: str) -> Series:
         sent=_SENT.labels(*labels),
         seconds=_SECONDS.labels(*labels),
     )
+
+
+def show_keys(ids: Sequence[str]) -> None:
+    """Publish the keys that this server has, by their ids; the first one makes."""
+    wanted = {(each, "makes" if number == 0 else "checks") for number, each in enumerate(ids)}
+    for labels in wanted:
+        _KEYS.labels(*labels).set(1)
+    # Afterwards, so that no reader of the page misses a key.
+    for labels in _shown_keys - wanted:
+        _KEYS.remove(*labels)
+    _shown_keys.clear()
+    _shown_keys.update(wanted)
 
 
 def _go_name(code: grpc.StatusCode) -> str:

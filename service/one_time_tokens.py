@@ -3,16 +3,16 @@
 The use cases, from a checked request to the statements of `sql/one_time_tokens.sql`. Who calls and how errors travel
 is the interceptors' business.
 
-A link is found by its digest, and spent in one statement. A code is short, so its guesses are counted: an attempt is
-charged and committed *before* the code is compared, and given back if the code is right. Between the two no connection
-and no lock is held, since Argon2 is slow.
+A link is found by its digest, and spent in one statement. A code is short, so its guesses are counted, on the token and
+on the budget of its user and type: an attempt is charged and committed *before* the code is compared, and given back if
+the code is right. Between the two no connection and no lock is held, since Argon2 is slow.
 """
 
 import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 from functools import partial
 from typing import Any, Final
 
@@ -21,11 +21,14 @@ from onetime.v1 import one_time_tokens_pb2 as pb
 from onetime.v1 import one_time_tokens_pb2_grpc as pb_grpc
 from psycopg.errors import ForeignKeyViolation
 
+from service import budgets
+from service.call import about, current_call
 from service.config import Settings
 from service.crypto import CodeHasher, CodeSubject, Keyring, binds_row, is_slow, new_code, new_link_secret
 from service.db import CHARGE_NOBODY, Database, Params, Transaction, load_queries
 from service.errors import (
     AttemptsExhausted,
+    CallerNotAllowed,
     CodeMismatch,
     DatabaseUnavailable,
     OutcomeUnknown,
@@ -33,7 +36,7 @@ from service.errors import (
     TokenNotFound,
     UserNotFound,
 )
-from service.fields import Fields
+from service.fields import MESSAGE_TYPES, STORED_TYPES, Fields
 from service.hashing import Hashing
 from service.receipts import Intent
 
@@ -41,18 +44,6 @@ _QUERIES = load_queries("one_time_tokens")
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Row = Mapping[str, Any]
-
-STORED_TYPES: Final = {
-    pb.TOKEN_TYPE_CONFIRMATION: "confirmation_token",
-    pb.TOKEN_TYPE_REAUTHENTICATION: "reauthentication_token",
-    pb.TOKEN_TYPE_RECOVERY: "recovery_token",
-    pb.TOKEN_TYPE_EMAIL_CHANGE_NEW: "email_change_token_new",
-    pb.TOKEN_TYPE_EMAIL_CHANGE_CURRENT: "email_change_token_current",
-    pb.TOKEN_TYPE_PHONE_CHANGE: "phone_change_token",
-}
-"""The labels of auth.one_time_token_type."""
-
-_MESSAGE_TYPES: Final = {stored: token_type for token_type, stored in STORED_TYPES.items()}
 
 _USER_ONLY_TYPES: Final = (pb.TOKEN_TYPE_EMAIL_CHANGE_NEW, pb.TOKEN_TYPE_PHONE_CHANGE)
 """The address of these is one that the user only claims: anybody may have claimed it."""
@@ -87,12 +78,14 @@ class _NewToken:
 
 @dataclass(frozen=True, slots=True)
 class _Judged:
-    """A token on which an attempt is charged; or the answer that this call got before, and no token."""
+    """A token on which an attempt is charged; or no token; or the answer that this call got before."""
 
-    row: Row
-    earlier_answer: bytes | None = None
+    row: Row | None
+    charged_at: datetime | None = None
+    """Names the charge on the budget."""
     retried: bool = False
     """Whether an earlier try of this call was charged, and this one was not."""
+    earlier_answer: bytes | None = None
 
 
 class OneTimeTokens(pb_grpc.OneTimeTokenServiceServicer):
@@ -113,13 +106,14 @@ class OneTimeTokens(pb_grpc.OneTimeTokenServiceServicer):
         del context
         fields = Fields()
         user_id = fields.identifier("user_id", request.user_id)
-        token_type = _stored_type(fields, "token_type", request.token_type)
+        token_type = fields.token_type("token_type", request.token_type)
         relates_to = fields.address("relates_to", request.relates_to)
         code_length = _code_length(fields, request)
         lifetime, ceiling = self._settings.lifetime(token_type)
         ttl = fields.ttl(request.ttl if request.HasField("ttl") else None, default=lifetime, ceiling=ceiling)
         request_id = fields.request_id(request.request_id)
         fields.done()
+        _allow(token_type)
 
         subject = CodeSubject(uuid.uuid4(), token_type, user_id, relates_to)
         if code_length:
@@ -135,13 +129,16 @@ class OneTimeTokens(pb_grpc.OneTimeTokenServiceServicer):
         token = _NewToken(subject, ttl, secret, token_hash)
         intent = Intent.of(self._ring, request, request_id)
         row = await self._database.run(partial(self._issue, intent, token))
+        _about(row)
         return pb.IssueTokenResponse(token=self._token(row, row["failed_attempts"]), secret=secret)
 
     async def _issue(self, intent: Intent, token: _NewToken, transaction: Transaction) -> Row:
-        earlier = await intent.claim(transaction)
+        subject = token.subject
+        spender = (subject.user_id, subject.token_type)
+        earlier, (_, (budget,)) = await intent.claim(transaction, *budgets.lock(spender))
         if earlier:
             return await self._reissue(earlier.row_id, token, transaction)
-        subject = token.subject
+        budgets.refuse_sends(self._settings, budget)
         params: Params = {
             "ids": [subject.token_id],
             "user_ids": [subject.user_id],
@@ -152,7 +149,11 @@ class OneTimeTokens(pb_grpc.OneTimeTokenServiceServicer):
             "callers": [intent.caller],
         }
         try:
-            rows, *_ = await transaction.commit((_QUERIES["issue_tokens"], params), *intent.settle(subject.token_id))
+            rows, *_ = await transaction.commit(
+                (_QUERIES["issue_tokens"], params),
+                budgets.spend(self._settings, spender),
+                *intent.settle(subject.token_id),
+            )
         except ForeignKeyViolation as error:
             # A table that was adopted may have a foreign key onto its host's users.
             raise UserNotFound from error
@@ -165,6 +166,7 @@ class OneTimeTokens(pb_grpc.OneTimeTokenServiceServicer):
             token_hash = self._hasher.hash(token.secret, replace(token.subject, token_id=token_id))
         params: Params = {"ids": [token_id], "token_hashes": [token_hash]}
         row = _only(await transaction.fetch(_QUERIES["refresh_tokens"], params))
+        _about(row)
         if row["expired"]:
             raise TokenExpired
         if row["failed_attempts"] >= self._settings.max_attempts:
@@ -178,9 +180,11 @@ class OneTimeTokens(pb_grpc.OneTimeTokenServiceServicer):
         fields = Fields()
         credential = _credential(fields, request)
         fields.done()
+        _allow(credential.token_type)
 
         if isinstance(credential, _LinkCredential):
             row = _only(await self._database.fetch(_QUERIES["find_links"], self._link_params(credential)))
+            _about(row)
             if row["expired"]:
                 raise TokenExpired
         else:
@@ -194,6 +198,7 @@ class OneTimeTokens(pb_grpc.OneTimeTokenServiceServicer):
         credential = _credential(fields, request)
         request_id = fields.request_id(request.request_id)
         fields.done()
+        _allow(credential.token_type)
 
         intent = Intent.of(self._ring, request, request_id)
         if isinstance(credential, _LinkCredential):
@@ -203,20 +208,26 @@ class OneTimeTokens(pb_grpc.OneTimeTokenServiceServicer):
     async def _consume_link(
         self, intent: Intent, credential: _LinkCredential, transaction: Transaction
     ) -> pb.ConsumeTokenResponse:
-        earlier = await intent.claim(transaction)
+        consume = (_QUERIES["consume_links"], self._link_params(credential))
+        if not intent.request_id:
+            # Where no answer is to be kept, one trip does it all.
+            rows, *_ = await transaction.commit(consume)
+            return self._consumed(rows)
+        earlier, _ = await intent.claim(transaction)
         if earlier and earlier.answer is not None:
             return pb.ConsumeTokenResponse.FromString(earlier.answer)
-        consume = (_QUERIES["consume_links"], self._link_params(credential))
-        # Where no answer is to be kept, one trip does it all.
-        rows, *_ = await (transaction.fetch_all(consume) if intent.request_id else transaction.commit(consume))
+        rows = await transaction.fetch(*consume)
+        response = self._consumed(rows)
+        await transaction.commit(*intent.settle(rows[0]["id"], response))
+        return response
+
+    def _consumed(self, rows: Sequence[Row]) -> pb.ConsumeTokenResponse:
+        """Return the answer for a link that was found: it is spent, unless it has expired."""
         row = _only(rows)
+        _about(row)
         if row["expired"]:
             raise TokenExpired
-        if not intent.request_id:
-            return pb.ConsumeTokenResponse(token=self._token(row, row["failed_attempts"]))
-        response = pb.ConsumeTokenResponse(token=self._token(row, row["failed_attempts"]))
-        await transaction.commit(*intent.settle(row["id"], response))
-        return response
+        return pb.ConsumeTokenResponse(token=self._token(row, row["failed_attempts"]))
 
     def _link_params(self, credential: _LinkCredential) -> Params:
         hashes = self._ring.link_hashes(credential.token_type, credential.secret)
@@ -228,30 +239,34 @@ class OneTimeTokens(pb_grpc.OneTimeTokenServiceServicer):
 
     async def _check_code(self, intent: Intent, credential: _CodeCredential) -> Row:
         judged = await self._compare(intent, credential)
-        await self._database.run(partial(_commit, self._refund(judged.row)))
-        return judged.row
+        row = _existing(judged.row)
+        right = [budgets.end_run(_spender(row), judged.charged_at), (_QUERIES["refund_codes"], _code_params(row))]
+        await self._database.run(partial(_commit, right))
+        return row
 
     async def _consume_code(self, intent: Intent, credential: _CodeCredential) -> pb.ConsumeTokenResponse:
         judged = await self._compare(intent, credential)
         if judged.earlier_answer is not None:
             return pb.ConsumeTokenResponse.FromString(judged.earlier_answer)
         try:
-            return await self._database.run(partial(self._spend_code, intent, judged.row))
+            return await self._database.run(partial(self._spend_code, intent, judged))
         except DatabaseUnavailable:
             # The code was right, and the failure is ours.
             with suppress(DatabaseUnavailable, OutcomeUnknown):
                 await self._database.run(partial(_commit, self._undo(intent, judged)))
             raise
 
-    async def _spend_code(self, intent: Intent, row: Row, transaction: Transaction) -> pb.ConsumeTokenResponse:
+    async def _spend_code(self, intent: Intent, judged: _Judged, transaction: Transaction) -> pb.ConsumeTokenResponse:
         """Spend a token whose code was found right. Another caller with the same right code may have been faster."""
-        earlier = await intent.claim(transaction)
+        row = _existing(judged.row)
+        params: Params = {"ids": [row["id"]], "token_hashes": [row["token_hash"]]}
+        earlier, (_, spent) = await intent.claim(
+            transaction, budgets.end_run(_spender(row), judged.charged_at), (_QUERIES["consume_codes"], params)
+        )
         if earlier and earlier.answer is not None:
             # Another try of this very call was faster: what it got is the answer of both.
             return pb.ConsumeTokenResponse.FromString(earlier.answer)
-        response = pb.ConsumeTokenResponse(token=self._token(row, row["charged_attempts"] - 1))
-        params: Params = {"ids": [row["id"]], "token_hashes": [row["token_hash"]]}
-        spent = await transaction.fetch(_QUERIES["consume_codes"], params)
+        response = pb.ConsumeTokenResponse(token=self._token(row, row["failed_attempts"]))
         if spent and not spent[0]["expired"]:
             await transaction.commit(*intent.settle(row["id"], response))
             return response
@@ -267,11 +282,11 @@ class OneTimeTokens(pb_grpc.OneTimeTokenServiceServicer):
         """
         # The place comes first: to be refused one after the charge would cost the user an attempt.
         with self._hashing.place() if self._hasher.slow else nullcontext():
-            charged = await self._database.run(partial(self._charge, intent, credential))
-            if charged.earlier_answer is not None:
-                return charged
-            row = charged.row
-            if row["id"] is None:
+            judged = await self._database.run(partial(self._charge, intent, credential))
+            if judged.earlier_answer is not None:
+                return judged
+            row = judged.row
+            if row is None:
                 await self._pretend(intent)
                 raise TokenNotFound
             subject = CodeSubject(row["id"], row["token_type"], row["user_id"], row["relates_to"])
@@ -279,14 +294,14 @@ class OneTimeTokens(pb_grpc.OneTimeTokenServiceServicer):
                 right = await self._matches(credential.code, row["token_hash"], subject)
             except Exception as error:
                 # There is no verdict, so there was no guess.
-                await self._database.run(partial(_commit, self._undo(intent, charged)))
+                await self._database.run(partial(_commit, self._undo(intent, judged)))
                 if isinstance(error, KeyError):
                     # The token's key has been retired.
                     raise TokenNotFound from error
                 raise
         if right:
-            return charged
-        mismatch = CodeMismatch(max(self._settings.max_attempts - row["charged_attempts"], 0))
+            return judged
+        mismatch = CodeMismatch(max(self._settings.max_attempts - row["failed_attempts"] - 1, 0))
         if intent.request_id:
             await self._database.run(partial(_commit, intent.settle(row["id"], mismatch)))
         raise mismatch
@@ -301,36 +316,40 @@ class OneTimeTokens(pb_grpc.OneTimeTokenServiceServicer):
             return await self._hashing.run(match)
 
     async def _charge(self, intent: Intent, credential: _CodeCredential, transaction: Transaction) -> _Judged:
-        """Charge an attempt on the token that a code is presented for; its id is None if there is no such token."""
-        earlier = await intent.claim(transaction)
+        """Charge an attempt on the token that a code is presented for, and on the budget of its user and type."""
+        params: Params = {
+            "ords": [1],
+            "token_types": [credential.token_type],
+            "user_ids": [credential.user_id],
+            "relates_to": [credential.relates_to],
+        }
+        earlier, (rows,) = await intent.claim(transaction, (_QUERIES["lock_codes"], params))
         if earlier and earlier.answer is not None:
-            return _Judged({}, earlier.answer)
+            return _Judged(None, earlier_answer=earlier.answer)
         if earlier:
             # The first try was charged, and died before it had an answer. It is the same code, so it is free.
             row = _only(await transaction.fetch(_QUERIES["find_codes"], {"ids": [earlier.row_id]}))
-            return _Judged(row, retried=True)
-        charge: tuple[str, Params] = (
-            _QUERIES["charge_codes"],
-            {
-                "ords": [1],
-                "token_types": [credential.token_type],
-                "user_ids": [credential.user_id],
-                "relates_to": [credential.relates_to],
-                "max_attempts": self._settings.max_attempts,
-            },
-        )
-        if intent.request_id:
-            row = _only(await transaction.fetch(*charge))
-        else:
-            rows, *_ = await transaction.commit(charge)
-            row = _only(rows)
-        if row["id"] is not None and row["expired"]:
+            _about(row)
+            # Its own attempt is among those that were counted.
+            return _Judged({**row, "failed_attempts": row["failed_attempts"] - 1}, earlier.charged_at, retried=True)
+        if not rows:
+            # As much work as a charge: otherwise the time of an answer would tell who has a code.
+            await transaction.commit(*_charge_nobody(), *intent.drop())
+            return _Judged(None)
+        (row,) = rows
+        _about(row)
+        if row["expired"]:
             raise TokenExpired
-        if row["id"] is not None and row["charged_attempts"] is None:
+        if row["failed_attempts"] >= self._settings.max_attempts:
             raise AttemptsExhausted
-        if intent.request_id:
-            await transaction.commit(*(intent.settle(row["id"]) if row["id"] else intent.drop()))
-        return _Judged(row)
+        budgets.refuse_failures(self._settings, row)
+        charged_at = budgets.name_of_charge(row)
+        await transaction.commit(
+            budgets.charge(self._settings, _spender(row), charged_at),
+            (_QUERIES["charge_codes"], _code_params(row)),
+            *intent.settle(row["id"], charged_at),
+        )
+        return _Judged(row, charged_at)
 
     async def _pretend(self, intent: Intent) -> None:
         """Spend on nobody's code the time that a wrong code takes, up to the commit of its answer."""
@@ -340,11 +359,13 @@ class OneTimeTokens(pb_grpc.OneTimeTokenServiceServicer):
 
     def _undo(self, intent: Intent, judged: _Judged) -> list[tuple[str, Params]]:
         """Return the statements that forget a call which came to no verdict. One charge is given back once."""
-        return [] if judged.retried else [*self._refund(judged.row), *intent.drop()]
-
-    def _refund(self, row: Row) -> list[tuple[str, Params]]:
-        params: Params = {"user_ids": [row["user_id"]], "token_types": [row["token_type"]], "ids": [row["id"]]}
-        return [(_QUERIES["refund_codes"], params)]
+        if judged.row is None or judged.retried:
+            return []
+        return [
+            *intent.drop(),  # receipts are locked before budgets, and budgets before tokens
+            budgets.forget(_spender(judged.row), judged.charged_at),
+            (_QUERIES["refund_codes"], _code_params(judged.row)),
+        ]
 
     async def RevokeTokens(self, request: pb.RevokeTokensRequest, context: Context) -> pb.RevokeTokensResponse:
         """Make a user's tokens worthless."""
@@ -354,12 +375,14 @@ class OneTimeTokens(pb_grpc.OneTimeTokenServiceServicer):
         if request.all_types == bool(request.token_types):
             fields.refuse("token_types", "either some token_types or all_types is required, not both")
         token_types = [
-            _stored_type(fields, f"token_types[{index}]", token_type)
+            fields.token_type(f"token_types[{index}]", token_type)
             for index, token_type in enumerate(request.token_types)
         ]
         fields.done()
 
         wanted = sorted(set(STORED_TYPES.values() if request.all_types else token_types))
+        _allow(*wanted)
+        about(user_id=user_id)
         params: Params = {"ords": [1] * len(wanted), "user_ids": [user_id] * len(wanted), "token_types": wanted}
         ((*rows,),) = await self._database.run(partial(_commit, [(_QUERIES["revoke_tokens"], params)]))
         return pb.RevokeTokensResponse(revoked_count=rows[0]["revoked_count"] if rows else 0)
@@ -371,14 +394,18 @@ class OneTimeTokens(pb_grpc.OneTimeTokenServiceServicer):
         user_id = fields.identifier("user_id", request.user_id)
         fields.done()
 
+        about(user_id=user_id)
         rows = await self._database.fetch(_QUERIES["list_tokens"], {"user_ids": [user_id]})
-        return pb.ListTokensResponse(tokens=[self._token(row, row["failed_attempts"]) for row in rows])
+        permissions = current_call.get().permissions
+        return pb.ListTokensResponse(
+            tokens=[self._token(row, row["failed_attempts"]) for row in rows if permissions.may_use(row["token_type"])]
+        )
 
     def _token(self, row: Row, failed_attempts: int) -> pb.OneTimeToken:
         token = pb.OneTimeToken(
             id=str(row["id"]),
             user_id=str(row["user_id"]),
-            token_type=_MESSAGE_TYPES[row["token_type"]],
+            token_type=MESSAGE_TYPES[row["token_type"]],
             relates_to=row["relates_to"],
             create_time=row["create_time"],
             update_time=row["update_time"],
@@ -387,6 +414,50 @@ class OneTimeTokens(pb_grpc.OneTimeTokenServiceServicer):
         if not row["token_hash"].startswith("otl1."):
             token.attempts_remaining = max(self._settings.max_attempts - failed_attempts, 0)
         return token
+
+
+def _allow(*token_types: str) -> None:
+    """Let the caller go on if the policy lets it deal with all of these types of tokens.
+
+    Raises:
+        CallerNotAllowed: It does not.
+    """
+    permissions = current_call.get().permissions
+    denied = [token_type for token_type in token_types if not permissions.may_use(token_type)]
+    if denied:
+        names = ", ".join(pb.TokenType.Name(MESSAGE_TYPES[token_type]) for token_type in denied)
+        raise CallerNotAllowed(f"the policy does not let this caller deal with {names}")
+
+
+def _about(row: Row) -> None:
+    """Note which token this call is about."""
+    about(user_id=row["user_id"], token_id=row["id"], token_type=row["token_type"])
+
+
+def _spender(row: Row) -> budgets.Subject:
+    """Return the subject whose budget a token's guesses are counted on."""
+    return row["user_id"], row["token_type"]
+
+
+def _code_params(row: Row) -> Params:
+    """Return the parameters of `charge_codes` and `refund_codes`."""
+    return {"user_ids": [row["user_id"]], "token_types": [row["token_type"]], "ids": [row["id"]]}
+
+
+def _charge_nobody() -> list[tuple[str, Params]]:
+    """Return statements that cost what a charge costs, where there is nothing to charge."""
+    nobody: Row = {"id": uuid.uuid4(), "user_id": uuid.uuid4(), "token_type": next(iter(MESSAGE_TYPES))}
+    return [
+        budgets.forget(_spender(nobody), None),
+        (_QUERIES["charge_codes"], _code_params(nobody)),
+        CHARGE_NOBODY,
+    ]
+
+
+def _existing(row: Row | None) -> Row:
+    if row is None:
+        raise TokenNotFound
+    return row
 
 
 def _only(rows: Sequence[Row]) -> Row:
@@ -398,14 +469,6 @@ def _only(rows: Sequence[Row]) -> Row:
 
 async def _commit(statements: Sequence[tuple[str, Params]], transaction: Transaction) -> list[list[dict[str, Any]]]:
     return await transaction.commit(*statements)
-
-
-def _stored_type(fields: Fields, field: str, token_type: int) -> str:
-    stored = STORED_TYPES.get(pb.TokenType.ValueType(token_type))
-    if stored is None:
-        fields.refuse(field, f"one of {', '.join(map(pb.TokenType.Name, STORED_TYPES))} is required")
-        return next(iter(STORED_TYPES.values()))
-    return stored
 
 
 def _code_length(fields: Fields, request: pb.IssueTokenRequest) -> int | None:
@@ -424,7 +487,7 @@ def _code_length(fields: Fields, request: pb.IssueTokenRequest) -> int | None:
 def _credential(
     fields: Fields, request: pb.CheckTokenRequest | pb.ConsumeTokenRequest
 ) -> _LinkCredential | _CodeCredential:
-    token_type = _stored_type(fields, "token_type", request.token_type)
+    token_type = fields.token_type("token_type", request.token_type)
     given = request.WhichOneof("credential")
     if given is None:
         fields.refuse("credential", "link_secret or code is required")

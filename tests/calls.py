@@ -24,8 +24,10 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, LocalizedMessage, RetryInfo
 from google.rpc.status_pb2 import Status
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from onetime.v1 import email_verification_pb2 as ev
 from onetime.v1 import one_time_tokens_pb2 as ott
+from onetime.v1.admin_pb2_grpc import AdminServiceStub
 from onetime.v1.email_verification_pb2_grpc import EmailVerificationServiceStub
 from onetime.v1.one_time_tokens_pb2_grpc import OneTimeTokenServiceStub
 from psycopg import sql
@@ -128,7 +130,7 @@ async def refused(call: Awaitable[object]) -> Refusal:
     try:
         answer = await call
     except grpc.aio.AioRpcError as error:
-        return _refusal(error)
+        return refusal(error)
     raise AssertionError(f"it was not refused, but answered by a {type(answer).__name__}")
 
 
@@ -137,7 +139,17 @@ async def reason(call: Awaitable[object]) -> str:
     return (await refused(call)).reason
 
 
-def _refusal(error: grpc.aio.AioRpcError) -> Refusal:
+async def ended(call: Awaitable[object]) -> str:
+    """Tell how a call ended: OK, the reason of a refusal, or a status that has none."""
+    try:
+        await call
+    except grpc.aio.AioRpcError as error:
+        return refusal(error).reason or error.code().name
+    return "OK"
+
+
+def refusal(error: grpc.aio.AioRpcError) -> Refusal:
+    """Return what a refusal carries; fail if it is not as the contract promises."""
     sentence = error.details() or ""
     trailing = [(str(key), value) for key, value in error.trailing_metadata() or ()]
     reasons = [value for key, value in trailing if key == "onetime-reason"]
@@ -154,7 +166,7 @@ def _refusal(error: grpc.aio.AioRpcError) -> Refusal:
         assert any(detail.Unpack(message) for message in (info, localized, retry, bad)), detail.type_url
     violations = {violation.field: violation.description for violation in bad.field_violations}
     assert len(violations) == len(bad.field_violations)
-    refusal = Refusal(
+    told = Refusal(
         status=error.code(),
         reason=info.reason,
         sentence=sentence,
@@ -167,11 +179,11 @@ def _refusal(error: grpc.aio.AioRpcError) -> Refusal:
     promised = ["ErrorInfo", "LocalizedMessage"]
     promised += ["RetryInfo"] * promise.retry_info + ["BadRequest"] * promise.bad_request
     assert (info.domain, reasons) == ("onetime", [info.reason])
-    assert (refusal.status, refusal.public) == (promise.status, promise.public)
+    assert (told.status, told.public) == (promise.status, promise.public)
     assert sorted(kinds) == sorted(promised)
-    assert refusal.metadata.keys() == promise.metadata
-    assert refusal.retry_after is None or refusal.retry_after > timedelta()
-    return refusal
+    assert told.metadata.keys() == promise.metadata
+    assert told.retry_after is None or told.retry_after > timedelta()
+    return told
 
 
 # Requests
@@ -206,6 +218,7 @@ class Client:
         """Take the channel."""
         self.tokens = OneTimeTokenServiceStub(channel)
         self.verifications = EmailVerificationServiceStub(channel)
+        self.admin = AdminServiceStub(channel)
 
     async def issue(
         self,
@@ -336,6 +349,7 @@ _TABLES: Final[tuple[LiteralString, ...]] = (
     "public.email_verification_tokens",
     "onetime.email_verification_states",
     "onetime.receipts",
+    "onetime.budgets",
 )
 
 
@@ -433,6 +447,7 @@ def serving(url: str, folder: Path, **settings: object) -> Iterator[str]:
     """Run one `onetime serve` for many tests, and yield its target: a process of its own for each would take minutes.
 
     Tests that share it share its database too: each takes users of its own. Servers of one folder have the same keys.
+    With `tls_cert` callers are identified, and `health_listen` is where health is asked in plain text.
     """
     keys_file = folder / "keys"
     if not keys_file.exists():
@@ -445,20 +460,29 @@ def serving(url: str, folder: Path, **settings: object) -> Iterator[str]:
         "listen": target,
         "cleanup_probability": 0,
         "drain_delay": "0s",
+        "send_interval": "0s",  # tests of the limits set it
         "unsafe_cheap_argon2": True,
         "argon2_memory_kib": 64,
         "argon2_time_cost": 1,
     }
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-W", "error", "-m", "service", "serve", "--insecure-loopback"],
+            [
+                sys.executable,
+                "-W",
+                "error",
+                "-m",
+                "service",
+                "serve",
+                *["--insecure-loopback"] * ("tls_cert" not in settings),
+            ],
             env=clean_environment(**(defaults | settings)),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
         )
     try:
-        _wait_until_serving(target, process, log)
+        _wait_until_serving(str(settings.get("health_listen", target)), process, log)
         yield target
     finally:
         process.terminate()
@@ -469,11 +493,12 @@ def serving(url: str, folder: Path, **settings: object) -> Iterator[str]:
 def _wait_until_serving(target: str, process: subprocess.Popen[bytes], log: Path) -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
     with grpc.insecure_channel(target) as channel:
-        stub = OneTimeTokenServiceStub(channel)
+        stub = health_pb2_grpc.HealthStub(channel)
         while process.poll() is None and time.monotonic() < deadline:
             with contextlib.suppress(grpc.RpcError):
-                stub.ListTokens(ott.ListTokensRequest(user_id=new_id()), timeout=2)
-                return
+                answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=2)  # type: ignore[attr-defined] # its stubs leave it out
+                if answer.status == health_pb2.HealthCheckResponse.SERVING:
+                    return
             time.sleep(0.05)
     raise AssertionError(f"onetime is not serving:\n{log.read_text('utf-8')}")
 

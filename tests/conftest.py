@@ -196,6 +196,8 @@ class OnetimeServer:
     log: Path
     """All that it wrote to standard output and standard error."""
     process: asyncio.subprocess.Process
+    probe: str
+    """`host:port` where health is asked in plain text: `target`, unless callers are identified there."""
     expected_exit: int = field(default=0)
     """What the process is asserted to end with."""
 
@@ -212,7 +214,10 @@ class OnetimeServer:
 
 
 class Serve(Protocol):
-    """`async with serve(url, max_attempts=3) as server`: settings by their names; None leaves a setting out."""
+    """`async with serve(url, max_attempts=3) as server`: settings by their names; None leaves a setting out.
+
+    With `tls_cert` callers are identified, and health is asked at a port of its own; otherwise whoever comes is served.
+    """
 
     def __call__(self, url: str, **settings: object) -> AbstractAsyncContextManager[OnetimeServer]:
         """Start a server."""
@@ -254,21 +259,27 @@ def serve(tmp_path: Path, keys_file: Path) -> Serve:
             "metrics_listen": metrics,
             "cleanup_probability": 0,
             "drain_delay": "0s",
+            "send_interval": "0s",  # tests of the limits set it
             "unsafe_cheap_argon2": True,
             "argon2_memory_kib": 64,
             "argon2_time_cost": 1,
         }
+        plain_text = "tls_cert" not in settings
+        if not plain_text:
+            defaults["health_listen"] = f"127.0.0.1:{free_port()}"
         environment = clean_environment(**(defaults | settings))
         log = tmp_path / f"server-{next(numbers)}.log"
         with log.open("wb") as output:
             process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-W", "error", "-m", "service", "serve", "--insecure-loopback"),
+                *(sys.executable, "-W", "error", "-m", "service", "serve", *["--insecure-loopback"] * plain_text),
                 env=environment,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
             )
-        server = OnetimeServer(environment["ONETIME_LISTEN"], f"http://{metrics}/metrics", log, process)
+        listen = environment["ONETIME_LISTEN"]
+        probe = environment.get("ONETIME_HEALTH_LISTEN", listen)
+        server = OnetimeServer(listen, f"http://{metrics}/metrics", log, process, probe)
         try:
             await wait_until_serving(server)
             yield server
@@ -293,7 +304,7 @@ async def _end(process: asyncio.subprocess.Process) -> int:
 
 async def wait_until_serving(server: OnetimeServer) -> None:
     """Wait until health says SERVING, or fail with the server's log."""
-    async with server.channel() as channel:
+    async with grpc.aio.insecure_channel(server.probe, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
         health = health_pb2_grpc.HealthStub(channel)
         loop = asyncio.get_running_loop()
         deadline = loop.time() + START_TIMEOUT_S

@@ -27,6 +27,7 @@ TABLES: Final[tuple[LiteralString, ...]] = (
     "onetime.one_time_token_states",
     "onetime.email_verification_states",
     "onetime.receipts",
+    "onetime.budgets",
 )
 SWEEPS: Final = {
     "auth.one_time_tokens": "sweep_one_time_tokens",
@@ -34,6 +35,7 @@ SWEEPS: Final = {
     "onetime.one_time_token_states": "sweep_one_time_token_states",
     "onetime.email_verification_states": "sweep_email_verification_states",
     "onetime.receipts": "sweep_receipts",
+    "onetime.budgets": "sweep_budgets",
 }
 ANALYSE: Final[LiteralString] = f"vacuum (analyze) public.users, {', '.join(TABLES)}"
 TIMEOUT_S: Final = 60.0
@@ -74,7 +76,7 @@ async def pool(settings: Settings) -> AsyncIterator[Pool]:
 def fill(database: Database, count: int, *, expired: str = "true", first: int = 1) -> None:
     """Write so many rows into each table, those for which an expression over `n` holds as if they had expired.
 
-    Each `n`, from the first on, is one token, one verification and one receipt, with address and digests made from it.
+    Each `n`, from the first on, is one token, budget, verification and receipt, with address and digests made from it.
     """
     # Without the checks of foreign keys, and with ids in the order of an index: either would take most of the time.
     database.execute("set session_replication_role = replica")
@@ -92,6 +94,9 @@ def fill(database: Database, count: int, *, expired: str = "true", first: int = 
         ), token_state as (
           insert into onetime.one_time_token_states (user_id, token_type, token_id, ttl, caller, created_at)
           select user_id, 'recovery_token', id, interval '15 min', 'tests', made from request
+        ), budget as (
+          insert into onetime.budgets (user_id, purpose, sends)
+          select user_id, 'recovery_token', array[made] from request
         ), receipt as (
           insert into onetime.receipts (caller, rpc, request_id, fingerprint, row_id, created_at)
           select 'tests', 'IssueToken', user_id, 'k0.x', id, made from request
@@ -167,7 +172,8 @@ async def test_expired_rows_never_match_and_are_removed_in_passing(serve: Serve,
                     counts(database)["onetime.email_verification_states"] > 1
                 ):
                     await client.revoke(new_id())
-            assert counts(database) == dict.fromkeys(TABLES, 1)
+            # What was issued is gone, and what bounds its issuing is not.
+            assert counts(database) == dict.fromkeys(TABLES, 1) | {"onetime.budgets": 5}
         for made in issued:
             assert (await refused(client.consume(made))).reason == "TOKEN_NOT_FOUND"
         assert (await refused(client.verify(started))).reason == "TOKEN_NOT_FOUND"
@@ -268,7 +274,7 @@ async def test_orphans_go(database: Database, settings: Settings) -> None:
     await sweep_everything(settings)
     # The orphans that were too young by then have aged too.
     left = counts(database)
-    assert {left[table] for table in TABLES if table != "onetime.receipts"} == {10}
+    assert {left[table] for table in TABLES if table not in ("onetime.receipts", "onetime.budgets")} == {10}
 
 
 async def test_a_token_without_a_state_lives_as_long_as_any(database: Database) -> None:
@@ -418,6 +424,9 @@ def sweep_params(settings: Settings, blocks: int) -> dict[str, object]:
         "retention": settings.retention.total_seconds(),
         "receipt_retention": settings.receipt_retention.total_seconds(),
         "grace": 3600.0,
+        "longest_send": 86400.0,
+        "longest_failure": 86400.0,
+        "longest_run": 86400.0 * 366,
     }
 
 
@@ -455,6 +464,12 @@ def hot_params(database: Database, stem: str, settings: Settings) -> list[dict[s
     """Return parameters for the statements of a module: for a row that is there, one that is used, one that is not."""
     if stem == "cleanup":
         return [sweep_params(settings, 64) | {"table_name": "auth.one_time_tokens", "next_block": 0}]
+    if stem == "budgets":
+        (found,) = database.execute("select user_id from onetime.budgets limit 1").fetchall()
+        return [
+            {"user_ids": [user_id], "purposes": ["recovery_token"], "keep": 50, "charged_ats": [None]}
+            for user_id in (found["user_id"], uuid.uuid4())
+        ]
     if stem == "receipts":
         (found,) = database.execute("select * from onetime.receipts where created_at > now() - interval '1 h' limit 1").fetchall()  # fmt: skip # noqa: E501
         return [
@@ -486,7 +501,6 @@ def hot_params(database: Database, stem: str, settings: Settings) -> list[dict[s
             "callers": ["tests"],
             "deliveries": ["return_code"],
             "sealed_codes": ["123456"],
-            "max_attempts": 5,
         }
         for row_id, user_id, token_hash in (
             (found["id"], found["user_id"], found[digest]),
@@ -500,7 +514,7 @@ def hot_params(database: Database, stem: str, settings: Settings) -> list[dict[s
 
 HOT: Final = [
     (stem, name)
-    for stem in ("one_time_tokens", "email_verification", "receipts", "cleanup")
+    for stem in ("one_time_tokens", "email_verification", "budgets", "receipts", "cleanup")
     for name in load_queries(stem)
 ]
 
@@ -530,7 +544,7 @@ def test_a_used_token_is_found_by_its_state(large: Database) -> None:
             plan = analysed(
                 large,
                 load_queries("email_verification")["find_verifications"],
-                {"ords": [1], "ids": [None], "token_hashes": [token]},
+                {"ords": [1], "ids": [None], "token_hashes": [token], "callers": [None]},
             )
             assert plan["Actual Rows"] == rows
             assert blocks_read(plan) < 40
@@ -672,7 +686,9 @@ async def test_clean_up_on_demand(database: Database, migrated_url: str) -> None
     assert (first.exit_code, first.removed) == (
         0,
         dict.fromkeys(TABLES, 0)
-        | dict.fromkeys(("auth.one_time_tokens", "public.email_verification_tokens", "onetime.receipts"), 990),
+        | dict.fromkeys(
+            ("auth.one_time_tokens", "public.email_verification_tokens", "onetime.receipts", "onetime.budgets"), 990
+        ),
     )
     assert counts(database) == dict.fromkeys(TABLES, 10)
     second = await clean_up(migrated_url)
@@ -686,7 +702,7 @@ async def test_two_clean_ups_at_once(database: Database, migrated_url: str) -> N
     assert [result.exit_code for result in results] == [0, 0], results
     total = {table: sum(result.removed[table] for result in results) for table in TABLES}
     assert total["auth.one_time_tokens"] == total["public.email_verification_tokens"] == 14_990
-    assert total["onetime.receipts"] == 14_990
+    assert total["onetime.receipts"] == total["onetime.budgets"] == 14_990
     assert counts(database) == dict.fromkeys(TABLES, 10)
 
 

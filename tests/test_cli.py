@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import threading
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ COMMANDS = [
     ("serve",),
     ("migrate",),
     ("cleanup",),
+    ("unlock",),
     ("doctor",),
     ("health",),
     ("keys",),
@@ -43,6 +45,7 @@ COMMANDS = [
     ("keys", "add"),
     ("keys", "switch"),
     ("keys", "retire"),
+    ("keys", "api"),
 ]
 
 
@@ -122,11 +125,11 @@ def test_everything_wrong_is_told_at_once(tmp_path: Path) -> None:
     """One run names each wrong setting, from wherever it came; nothing was started."""
     file = tmp_path / "onetime.toml"
     file.write_text("max_attemps = 3\n")
-    told = refused("serve", "--listen", "0.0.0.0:1", "--config", str(file), code=2, pool_size=0, call_timout="5s")
+    told = refused("serve", "--listen", "nowhere", "--config", str(file), code=2, pool_size=0, call_timout="5s")
     assert told.startswith("onetime: 7 settings are wrong:\n")
     for part in (
-        "--insecure-loopback is missing: callers are not identified yet",
-        "--listen '0.0.0.0:1': only a loopback address is right",
+        "ONETIME_TLS_CERT, ONETIME_TLS_KEY, ONETIME_POLICY_FILE are missing: ",
+        "--listen 'nowhere': host:port or [IPv6]:port",
         "ONETIME_POOL_SIZE '0': a whole number from 1 to 100 is right",
         "ONETIME_CALL_TIMOUT: there is no such setting; did you mean ONETIME_CALL_TIMEOUT?",
         f"max_attemps in {file}: there is no such setting; did you mean max_attempts?",
@@ -139,8 +142,10 @@ def test_everything_wrong_is_told_at_once(tmp_path: Path) -> None:
 def test_plain_text_must_be_asked_for(keys_file: Path) -> None:
     """Nobody serves without identity by mistake."""
     told = refused("serve", code=2, database_url=UNREACHABLE, keys_file=keys_file)
-    assert "--insecure-loopback is missing" in told
-    assert "add it to serve this machine only" in told
+    assert "ONETIME_TLS_CERT, ONETIME_TLS_KEY, ONETIME_POLICY_FILE are missing" in told
+    assert "or add --insecure-loopback, to serve this machine only, in plain text" in told
+    told = refused("serve", "--insecure-loopback", "--listen", "0.0.0.0:1", code=2, database_url="", keys="")
+    assert "only a loopback address is right in plain text" in told
 
 
 @pytest.mark.parametrize("command", [("migrate",), ("cleanup",), ("doctor",), ("serve", "--insecure-loopback")])
@@ -348,6 +353,31 @@ def test_cleanup_needs_a_migrated_database(database_url: str) -> None:
     assert "`onetime migrate` helps" in refused("cleanup", database_url=database_url)
 
 
+def test_unlock_forgets_wrong_codes(migrated_url: str) -> None:
+    """Of the user and the purpose that are named, and of no other."""
+    user_id = str(uuid.uuid4())
+    with psycopg.connect(migrated_url, autocommit=True) as connection:
+        for purpose in ("recovery_token", "email_verification"):
+            connection.execute(
+                "insert into onetime.budgets (user_id, purpose, failures, failures_in_a_row)"
+                " values (%s, %s, array[now(), now()], 2)",
+                [user_id, purpose],
+            )
+        told = done("unlock", user_id, "recovery_token", database_url=migrated_url)
+        assert told == "unlocked: 2 wrong codes in a row forgotten\n"
+        left = connection.execute("select purpose from onetime.budgets where failures_in_a_row > 0").fetchall()
+        assert left == [("email_verification",)]
+    assert "0 wrong codes" in done("unlock", USER, "recovery_token", database_url=migrated_url)
+    assert "not a valid UUID" in refused("unlock", "ada", "recovery_token", code=2, database_url=migrated_url)
+    assert "recovery_token" in refused("unlock", user_id, "recovery", code=2, database_url=migrated_url)
+
+
+def test_unlock_needs_a_migrated_database(database_url: str) -> None:
+    """Otherwise it says what helps."""
+    told = refused("unlock", USER, "recovery_token", database_url=database_url)
+    assert "`onetime migrate` helps" in told
+
+
 def findings(text: str) -> dict[str, set[str]]:
     """Return the checks that the doctor's lines are about, by verdict."""
     found: dict[str, set[str]] = {"ok": set(), "warn": set(), "fail": set()}
@@ -372,7 +402,10 @@ def test_doctor_finds_nothing_wrong(migrated_url: str, keys_file: Path) -> None:
             "schema",
             "migrations",
             "foreign rows",
-            "retired keys",
+            "keys in use",
+            "callers",
+            "limits",
+            "operation",
         },
         "warn": set(),
         "fail": set(),
@@ -420,8 +453,8 @@ def test_doctor_warns_of_rows_under_a_lost_key(migrated_url: str, keys_file: Pat
     for _ in range(2):
         insert_token(migrated_url, "otc1.gone.x", "0 s")
     text = done("doctor", database_url=migrated_url, keys_file=keys_file)
-    assert findings(text)["warn"] == {"retired keys"}
-    assert "2 rows made under key gone" in text
+    assert findings(text)["warn"] == {"keys in use"}
+    assert "2 live tokens made under key gone" in text
 
 
 def test_doctor_warns_of_cheaper_hashing(migrated_url: str, keys_file: Path) -> None:

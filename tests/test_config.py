@@ -23,6 +23,9 @@ from service.config import (
 )
 from service.crypto import Keyring, new_key
 
+PATHS = (Path, Path | None)
+"""Types of settings that take any text."""
+
 TOKEN_TYPES = {
     "confirmation_token": "confirmation",
     "reauthentication_token": "reauthentication",
@@ -42,10 +45,10 @@ def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.delenv(name)
 
 
-def problems_of(options: dict[str, str], *, require: tuple[str, ...] = ()) -> str:
+def problems_of(options: dict[str, str], *, require: tuple[str, ...] = (), plain_text: bool = False) -> str:
     """Return what is said of settings that are refused."""
     with pytest.raises(SettingsError) as caught:
-        load(options, require=require)
+        load(options, require=require, plain_text=plain_text)
     return str(caught.value)
 
 
@@ -120,8 +123,10 @@ def test_all_that_is_wrong_is_told_at_once_by_the_names_given(tmp_path: Path, mo
     monkeypatch.setenv("ONETIME_LISTEN", "0.0.0.0:50051")
     monkeypatch.setenv("ONETIME_CALL_TIMOUT", "5s")
     monkeypatch.setenv("ONETIME_ARGON2_TIME_COST", "1")
-    told = problems_of({"config": str(file), "log_level": "loud"}, require=("database_url", "keys"))
-    assert told.splitlines()[0] == "12 settings are wrong:"
+    told = problems_of(
+        {"config": str(file), "log_level": "loud", "tls_cert": "x"}, require=("database_url", "keys"), plain_text=True
+    )
+    assert told.splitlines()[0] == "13 settings are wrong:"
     for line in (
         f"retention in {file} 'soon': a duration from 15m to 365d, such as 90, 15m, 1h30m or PT15M, is right",
         f"max_attemps in {file}: there is no such setting; did you mean max_attempts?",
@@ -130,7 +135,8 @@ def test_all_that_is_wrong_is_told_at_once_by_the_names_given(tmp_path: Path, mo
         f"limits in {file}: there is no such setting",
         f"pool_size in {file} True: a whole number from 1 to 100 is right",
         "ONETIME_CALL_TIMOUT: there is no such setting; did you mean ONETIME_CALL_TIMEOUT?",
-        "ONETIME_LISTEN '0.0.0.0:50051': only a loopback address is right until callers are identified",
+        "ONETIME_LISTEN '0.0.0.0:50051': only a loopback address is right in plain text: whoever reaches it may",
+        "--tls-cert: it has no use in plain text, where nobody is asked who they are: leave out one of the two",
         "ONETIME_ARGON2_TIME_COST '1': too few passes for argon2_memory_kib = 19456",
         "--log-level 'loud': debug, info, warning or error is right",
         "ONETIME_DATABASE_URL is missing: postgresql://user@host:5432/database is right",
@@ -140,7 +146,7 @@ def test_all_that_is_wrong_is_told_at_once_by_the_names_given(tmp_path: Path, mo
 
 
 @pytest.mark.parametrize(
-    "variable", [one.variable for one in describe() if one.name not in ("data_dir", "keys_file", "config")]
+    "variable", [one.variable for one in describe() if Settings.model_fields[one.name].annotation not in PATHS]
 )
 def test_nonsense_is_refused_in_every_setting(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every setting with a form refuses what has it not, by the variable's name, with what would be right."""
@@ -269,17 +275,28 @@ def test_settings_are_frozen() -> None:
 
 
 @pytest.mark.parametrize("listen", ["127.0.0.1:50051", "[::1]:50051", "localhost:1", "127.8.8.8:65535"])
-def test_loopback_is_listened_on(listen: str) -> None:
+def test_loopback_is_listened_on_in_plain_text(listen: str) -> None:
     """These reach no further than this machine."""
+    assert load({"listen": listen}, plain_text=True).listen == listen
+
+
+@pytest.mark.parametrize("listen", ["0.0.0.0:50051", "[::]:50051", "10.0.0.1:50051", "onetime.example:1"])
+def test_nothing_but_loopback_is_listened_on_in_plain_text(listen: str) -> None:
+    """Where callers are not identified, nobody else may reach the service."""
+    told = problems_of({"listen": listen}, plain_text=True)
+    assert told.count("\n") == 1
+    assert "--listen" in told
+    assert "loopback" in told
     assert load({"listen": listen}).listen == listen
 
 
-@pytest.mark.parametrize("listen", ["0.0.0.0:50051", "[::]:50051", "10.0.0.1:50051", "onetime.example:1", "*:1"])
-def test_nothing_but_loopback_is_listened_on(listen: str) -> None:
-    """As long as callers are not identified, nobody else may reach the service."""
-    told = problems_of({"listen": listen})
-    assert "--listen" in told
-    assert "loopback" in told
+@pytest.mark.parametrize("listen", ["*:1", "127.0.0.1", "127.0.0.1:0", ""])
+def test_what_is_no_address_is_told_once(listen: str) -> None:
+    """What cannot be read as an address is not told as one that is not loopback."""
+    for plain_text in (False, True):
+        told = problems_of({"listen": listen}, plain_text=plain_text)
+        assert told.count("\n") == 1
+        assert "host:port or [IPv6]:port" in told
 
 
 def test_metrics_may_be_read_from_elsewhere() -> None:

@@ -383,3 +383,15 @@ def test_every_fault_is_told_at_once() -> None:
         fields.done()
     assert list(caught.value.violations) == ["user_id", "relates_to", "code.code", "request_id"]
     assert caught.value.violations["user_id"] == "a UUID in its canonical 36 characters is required"
+
+
+def test_a_list_of_faults_fits_into_a_refusal() -> None:
+    """Clients throw away a refusal with more than 8 KiB of metadata, and then nobody learns what was wrong."""
+    fields = Fields()
+    for index in range(30_000):
+        fields.token_type(f"token_types[{index}]", 99)
+    with pytest.raises(InvalidRequest) as caught:
+        fields.done()
+    # As base64, in which some carry it.
+    carried = sum(len(value) * 4 // 3 for _, value in caught.value.trailing_metadata())
+    assert len(str(caught.value)) + carried < 8 * 1024 - 256

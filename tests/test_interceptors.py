@@ -164,7 +164,7 @@ async def serving(
         reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection"],
         KINDS,
     ]
-    server = grpc.aio.server(interceptors=interceptors.build(cap=cap, known=known))
+    server = grpc.aio.server(interceptors=interceptors.build(callers=None, cap=cap, limit=512, known=known))
     add_OneTimeTokenServiceServicer_to_server(Tokens(work), server)
     health_pb2_grpc.add_HealthServicer_to_server(servicer or health.aio.HealthServicer(), server)
     reflection.enable_server_reflection([TOKENS], server)
@@ -194,7 +194,7 @@ class Log(io.StringIO):
     def write(self, text: str) -> int:
         """Take one line."""
         line = json.loads(text)
-        if line["event"] == "call":
+        if line["event"] in ("audit", "call"):
             self._calls.put_nowait(line)
         return super().write(text)
 
@@ -286,10 +286,12 @@ def of_method(kind: str, service: str, method: str) -> dict[str, str]:
 
 def test_the_order_of_the_list() -> None:
     """The list stands as the design has it, outermost first."""
-    assert [getattr(each, "__name__", "") for each in interceptors.listed(5.0)] == [
+    assert [getattr(each, "__name__", "") for each in interceptors.listed(None, 5.0, 512)] == [
         "log_call",
         "count_call",
         "translate_errors",
+        "identify",
+        "admit",
         "limit_time",
     ]
 
@@ -694,7 +696,7 @@ async def test_an_unknown_stream_is_answered_before_it_says_anything(log: Log) -
 async def test_a_method_that_nobody_declared_is_not_served(log: Log) -> None:
     """A service that was added to the server, and not to the interceptors, is none."""
     ours = [ott.DESCRIPTOR.services_by_name["OneTimeTokenService"]]
-    server = grpc.aio.server(interceptors=interceptors.build(cap=5.0, known=ours))
+    server = grpc.aio.server(interceptors=interceptors.build(callers=None, cap=5.0, limit=512, known=ours))
     health_pb2_grpc.add_HealthServicer_to_server(health.aio.HealthServicer(), server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
@@ -894,7 +896,7 @@ async def test_the_line_of_a_call(log: Log) -> None:
     assert {key: line[key] for key in line if key not in {"time", "call_id", "peer", "duration_ms"}} == {
         "level": "INFO",
         "logger": "service.interceptors",
-        "event": "call",
+        "event": "audit",
         "service": TOKENS,
         "method": "CheckToken",
         "caller": "anonymous",

@@ -21,6 +21,8 @@ from service.migrations import (
 
 Connection = psycopg.AsyncConnection[Any]
 
+OWN_MIGRATIONS = ("0001_state", "0002_budgets")
+
 EVERYTHING_CREATED = MigrationReport(
     created=(
         "auth.one_time_token_type",
@@ -29,7 +31,7 @@ EVERYTHING_CREATED = MigrationReport(
         "public.trigger_set_timestamp",
         "public.email_verification_tokens",
     ),
-    applied=("0001_state",),
+    applied=OWN_MIGRATIONS,
 )
 
 NOTHING_DONE = MigrationReport()
@@ -311,6 +313,7 @@ async def test_the_second_run_changes_nothing(database_url: str) -> None:
             "public.trigger_set_timestamp is missing",
             "public.email_verification_tokens is missing",
             "0001_state is not applied",
+            "0002_budgets is not applied",
         ]
         await migrate(conn)
         assert await pending(conn) == []
@@ -362,7 +365,7 @@ async def test_of_four_at_once_one_does_the_work(database_url: str, isolation: s
         outputs = [(await process.communicate())[0] for process in processes]
         assert [process.returncode for process in processes] == [0, 0, 0, 0]
         assert sorted(outputs) == [b"0\n", b"0\n", b"0\n", b"5\n"]
-        assert await column(conn, "select version from onetime.schema_migrations") == [1]
+        assert await column(conn, "select version from onetime.schema_migrations") == [1, 2]
 
 
 async def test_a_migration_that_is_cut_off_leaves_nothing(database_url: str) -> None:
@@ -381,7 +384,7 @@ async def test_a_migration_that_is_cut_off_leaves_nothing(database_url: str) -> 
                 await migration
         assert await catalog(conn) == before
         report = await migrate(conn)
-        assert report.applied == ("0001_state",)
+        assert report.applied == OWN_MIGRATIONS
         assert report.adopted == ("public.users",)
         assert await pending(conn) == []
 
@@ -426,7 +429,7 @@ async def test_a_statement_that_takes_too_long_ends(database_url: str, monkeypat
 async def test_a_newer_database_is_refused(migrated_url: str) -> None:
     """A version that does not know what a newer one has made neither migrates nor serves."""
     newer = "insert into onetime.schema_migrations (version, name) values (9999, '9999_future')"
-    problem = "the schema onetime is at version 9999, and this program knows 1 at most"
+    problem = "the schema onetime is at version 9999, and this program knows 2 at most"
     async with connect(migrated_url, newer) as conn:
         refused = await refusal(conn)
         assert refused.problems == (problem,)
@@ -492,7 +495,7 @@ async def test_the_tables_of_two_hosts_are_adopted_as_they_are(postgres: Postgre
             report = await migrate(conn)
             assert report == MigrationReport(
                 adopted=("auth.one_time_tokens", "public.email_verification_tokens", "public.users"),
-                applied=("0001_state",),
+                applied=OWN_MIGRATIONS,
                 tolerated=(
                     "auth.one_time_tokens: default of created_at is not of the seed: now()",
                     "auth.one_time_tokens: default of updated_at is not of the seed: now()",

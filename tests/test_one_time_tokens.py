@@ -648,6 +648,8 @@ async def test_want_of_memory_is_no_wrong_code(serve: Serve, migrated_url: str, 
                 calls = (client.consume(issued, secret, request_id=again) for _ in range(8))
                 assert set(await asyncio.gather(*map(reason, calls))) == {"OVERLOADED"}
                 assert token_row(database, issued)["failed_attempts"] == 3
+                budget = database.execute("select failures, failures_in_a_row from onetime.budgets").fetchall()
+                assert budget == [{"failures": [], "failures_in_a_row": 0}]
         database.execute(enlarge, ["m=1048576,", "m=64,", issued.token.id])
         assert (await client.consume(issued)).attempts_remaining == 2
 

@@ -263,7 +263,7 @@ async def test_charge_of_a_call_that_died_is_not_charged_again(
         async with serve(migrated_url, drain_delay="0s") as victim, victim.channel() as other_channel:
             with connected(migrated_url) as other, other.transaction():
                 # The code is found right, and the call waits to spend it.
-                other.execute("select from auth.one_time_tokens where id = %s for update", [issued.token.id])
+                other.execute("lock table auth.one_time_tokens in share mode")
                 call = asyncio.create_task(refused(Client(other_channel).consume(issued, request_id=again)))
                 await until(lambda: _waits_for_a_lock(database))
                 await victim.kill()
@@ -271,6 +271,11 @@ async def test_charge_of_a_call_that_died_is_not_charged_again(
         assert token_row(database, issued)["failed_attempts"] == 1
         assert await insist(lambda: client.consume(issued, request_id=again)) == issued.token
         assert await client.consume(issued, request_id=again) == issued.token
+        # The code was right: the retry has given back what the first try was charged.
+        budget = database.execute(
+            "select failures, failures_in_a_row from onetime.budgets where user_id = %s", [issued.token.user_id]
+        ).fetchall()
+        assert budget == [{"failures": [], "failures_in_a_row": 0}]
 
 
 def _waits_for_a_lock(database: Database) -> bool:

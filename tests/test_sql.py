@@ -3,6 +3,7 @@ import re
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final
 
@@ -33,6 +34,7 @@ EVERY_STATEMENT: Final = pytest.mark.parametrize(
     ("stem", "name"), STATEMENTS, ids=[f"{stem}.{name}" for stem, name in STATEMENTS]
 )
 MAX_ATTEMPTS: Final = 5
+MOMENT: Final = datetime(2026, 3, 8, 6, 30, tzinfo=UTC)
 KEY: Final = "k0"
 RECOVERY: Final = "recovery_token"
 
@@ -306,7 +308,6 @@ def codes(*presented: tuple[Token | uuid.UUID | str, str]) -> dict[str, object]:
         "token_types": [token_type for _, token_type in presented],
         "user_ids": users,
         "relates_to": [subject if isinstance(subject, str) else None for subject, _ in presented],
-        "max_attempts": MAX_ATTEMPTS,
     }
 
 
@@ -317,13 +318,17 @@ def attempts(database: Database, *of: Token) -> list[int]:
     return [counts[token.id] for token in of]
 
 
-def test_charge_codes(database: Database) -> None:
-    """Guesses charged together: none is charged that must not be compared, and each answer tells why."""
+def test_lock_codes(database: Database) -> None:
+    """Guesses judged together: each answer tells of the token that is meant, and of its budget."""
     one, late, worn, link, by_address = tokens(database, "otc1", "otc1", "oth1", "otl1", "otc1")
     expire(database, late)
     exhaust(database, worn)
     theirs = foreign(database, "pkce_0123456789")
     orphan = foreign(database, f"otc1.{KEY}.without-a-state")
+    # A budget of the same user for another purpose is none of this one.
+    for token, purpose in ((one, "phone_change_token"), (by_address, RECOVERY), (worn, RECOVERY)):
+        budget: dict[str, object] = {"user_ids": [token.user_id], "purposes": [purpose], "charged_ats": [MOMENT]}
+        run(database, "budgets", "charge_budgets", **budget, keep=50)
     presented = codes(
         (one, RECOVERY),
         (uuid.uuid4(), RECOVERY),
@@ -335,65 +340,59 @@ def test_charge_codes(database: Database) -> None:
         (one, "phone_change_token"),
         ("nobody@example.org", RECOVERY),
         (by_address.relates_to, RECOVERY),
+        (one.relates_to, RECOVERY),
     )
-    answers = by_ord(run(database, "one_time_tokens", "charge_codes", **presented))
-    assert len(answers) == 10
-    judged = {n: (row["id"], row["expired"], row["charged_attempts"]) for n, row in answers.items()}
-    nobody = (None, None, None)
-    assert judged == {
-        1: (one.id, False, 1),
-        2: nobody,
-        3: (late.id, True, None),
-        4: (worn.id, False, None),
-        5: nobody,
-        6: nobody,
-        7: nobody,
-        8: nobody,
-        9: nobody,
-        10: (by_address.id, False, 1),
+    answers = by_ord(run(database, "one_time_tokens", "lock_codes", **presented))
+    judged = {
+        n: (row["id"], row["expired"], row["failed_attempts"], row["failures_in_a_row"]) for n, row in answers.items()
     }
-    assert attempts(database, one, late, worn, by_address) == [1, 0, MAX_ATTEMPTS, 1]
-
-
-def test_guesses_at_one_token_in_a_set(database: Database) -> None:
-    """Of guesses at one token in one trip, no more are let through than are charged."""
-    (token,) = tokens(database, "otc1")
-    presented = codes((token, RECOVERY), (token, RECOVERY), (token.relates_to, RECOVERY))
-    answers = by_ord(run(database, "one_time_tokens", "charge_codes", **presented))
-    charged = [row for row in answers.values() if row["charged_attempts"] is not None]
-    assert attempts(database, token) == [len(charged)]
+    assert judged == {
+        1: (one.id, False, 0, None),
+        3: (late.id, True, 0, None),
+        4: (worn.id, False, MAX_ATTEMPTS, 1),
+        10: (by_address.id, False, 0, 1),
+        11: (one.id, False, 0, None),
+    }
+    assert attempts(database, one, late, worn, by_address) == [0, 0, MAX_ATTEMPTS, 0]
 
 
 def test_a_code_by_address_means_the_newest_live_one(database: Database) -> None:
-    """Of several tokens for one address, the newest live one is charged; where none is live, the newest is told."""
+    """Of several tokens for one address, the newest live one is meant; where none is live, the newest is told."""
     made = [Token(uuid.uuid4(), uuid.uuid4(), RECOVERY, f"otc1.{KEY}.{n}", "shared@example.org") for n in range(3)]
     for token in made:
         issue(database, [token])
     presented = codes(("shared@example.org", RECOVERY))
     expected = [(made[2], False), (made[1], False), (made[0], False)]
     for token, expired in expected:
-        (row,) = run(database, "one_time_tokens", "charge_codes", **presented)
+        (row,) = run(database, "one_time_tokens", "lock_codes", **presented)
         assert (row["id"], row["expired"]) == (token.id, expired)
         expire(database, token)
-    (row,) = run(database, "one_time_tokens", "charge_codes", **presented)
+    (row,) = run(database, "one_time_tokens", "lock_codes", **presented)
     assert (row["id"], row["expired"]) == (made[2].id, True)
 
 
-def test_refund_and_find_codes(database: Database) -> None:
-    """Charges given back together: to those who have one, and to nobody's successor."""
-    one, replaced, other = tokens(database, "otc1", "otc1", "otc1")
+def charge(database: Database, *charged: Token) -> None:
+    """Count an attempt on tokens, and on an unknown one."""
     run(
         database,
         "one_time_tokens",
         "charge_codes",
-        **codes((one, RECOVERY), (replaced, RECOVERY), (other, RECOVERY)),
+        ids=[uuid.uuid4(), *(token.id for token in charged)],
+        user_ids=[uuid.uuid4(), *(token.user_id for token in charged)],
+        token_types=[RECOVERY] * (len(charged) + 1),
     )
+
+
+def test_charge_refund_and_find_codes(database: Database) -> None:
+    """Charges made and given back together: to those who have one, and to nobody's successor."""
+    one, replaced, other = tokens(database, "otc1", "otc1", "otc1")
+    charge(database, one, replaced, other)
     successor = Token(uuid.uuid4(), replaced.user_id, RECOVERY, f"otc1.{KEY}.1", replaced.relates_to)
     issue(database, [successor])
-    run(database, "one_time_tokens", "charge_codes", **codes((successor, RECOVERY)))
+    charge(database, replaced, successor)
     ids = [one.id, uuid.uuid4(), replaced.id, other.id]
     answers = by_ord(run(database, "one_time_tokens", "find_codes", ids=ids))
-    assert {n: (row["id"], row["charged_attempts"]) for n, row in answers.items()} == {1: (one.id, 1), 4: (other.id, 1)}
+    assert {n: (row["id"], row["failed_attempts"]) for n, row in answers.items()} == {1: (one.id, 1), 4: (other.id, 1)}
     run(
         database,
         "one_time_tokens",
@@ -520,12 +519,15 @@ def test_find_and_lock_verifications(database: Database, name: str) -> None:
     )
     ids: list[uuid.UUID | None] = [one.id, uuid.uuid4(), None, None, theirs, None, late.id]
     hashes = [None, None, other.token_hash, f"ev1.{KEY}.unknown", None, "x" * 128, None]
-    answers = by_ord(run(database, "email_verification", name, ords=list(range(1, 8)), ids=ids, token_hashes=hashes))
-    assert {n: (row["id"], row["expired"]) for n, row in answers.items()} == {
-        1: (one.id, False),
-        3: (other.id, False),
-        7: (late.id, True),
-    }
+    found = {1: (one.id, False), 3: (other.id, False), 7: (late.id, True)}
+    asked = {"ords": list(range(1, 8)), "ids": ids, "token_hashes": hashes}
+    for callers, seen in (
+        ([None] * 7, found),
+        (["tests"] * 7, found),
+        (["tests", None, "somebody-else", None, None, None, "tests"], {1: found[1], 7: found[7]}),
+    ):
+        answers = by_ord(run(database, "email_verification", name, **asked, callers=callers))
+        assert {n: (row["id"], row["expired"]) for n, row in answers.items()} == seen
 
 
 def test_use_verifications(database: Database) -> None:
@@ -570,6 +572,57 @@ def test_change_verifications(database: Database) -> None:
         " order by t.code"
     ).fetchall()
     assert [tuple(row.values()) for row in rows] == [(fresh[0], "000001", 1), (fresh[2], "000003", 1)]
+
+
+# Budgets, as sets
+
+
+def budget_rows(database: Database) -> dict[tuple[uuid.UUID, str], DictRow]:
+    """Return all budgets by their subjects."""
+    rows = database.execute("select * from onetime.budgets").fetchall()
+    return {(row["user_id"], row["purpose"]): row for row in rows}
+
+
+def test_budgets(database: Database) -> None:
+    """Budgets made, locked, spent, charged and given back together: each by its own subject."""
+    user_ids = [uuid.uuid4() for _ in range(3)]
+    subjects: dict[str, object] = {"user_ids": user_ids, "purposes": ["a", "b", "c"]}
+    first, others = (user_ids[0], "a"), ((user_ids[1], "b"), (user_ids[2], "c"))
+    run(database, "budgets", "make_budgets", **subjects)
+    run(database, "budgets", "make_budgets", **subjects)
+    assert {(row["user_id"], row["purpose"]) for row in run(database, "budgets", "lock_budgets", **subjects)} == {
+        first,
+        *others,
+    }
+    # Of each subject another one, and each time a later one.
+    charges = [
+        {subject: MOMENT + timedelta(minutes=number, seconds=n) for n, subject in enumerate((first, *others))}
+        for number in range(5)
+    ]
+    for charge_of in charges:
+        run(database, "budgets", "charge_budgets", **subjects, charged_ats=list(charge_of.values()), keep=3)
+    for _ in range(5):
+        run(database, "budgets", "spend_sends", user_ids=user_ids[:1], purposes=["a"], keep=4)
+    rows = budget_rows(database)
+    # No more are kept than the limits look at, the newest; in a row all are counted.
+    for subject in (first, *others):
+        assert rows[subject]["failures"] == [charge_of[subject] for charge_of in charges[2:]]
+        assert rows[subject]["failures_in_a_row"] == 5
+    assert [len(rows[subject]["sends"]) for subject in (first, *others)] == [4, 0, 0]
+    assert rows[first]["sends"] == sorted(rows[first]["sends"])
+
+    run(database, "budgets", "forget_failures", **subjects, charged_ats=[charges[3][s] for s in (first, *others)])
+    rows = budget_rows(database)
+    for subject in (first, *others):
+        assert rows[subject]["failures"] == [charges[2][subject], charges[4][subject]]
+        assert rows[subject]["failures_in_a_row"] == 4
+
+    # A right code: what was charged after it is still counted.
+    ends = [charges[2][first], charges[4][others[0]], None]
+    run(database, "budgets", "end_runs", **subjects, charged_ats=ends)
+    rows = budget_rows(database)
+    assert [len(rows[subject]["failures"]) for subject in (first, *others)] == [1, 1, 2]
+    assert [rows[subject]["failures_in_a_row"] for subject in (first, *others)] == [1, 0, 0]
 
 
 # Receipts, as sets

@@ -226,7 +226,7 @@ def test_one_time_tokens_live_for_their_lifetime(database: Database, zone: str, 
     assert all(set(row.values()) == {issued.replace(tzinfo=None)} for row in stored)
 
     presented = {"ords": [1, 2], "token_types": types, "token_hashes": hashes}
-    typed = {"ords": [1], "token_types": types[:1], "user_ids": users[1:], "relates_to": [None], "max_attempts": 5}
+    typed = {"ords": [1], "token_types": types[:1], "user_ids": users[1:], "relates_to": [None]}
     of_users = {"ords": [1, 2], "user_ids": users, "token_types": types}
     sweep = {"first": "(0,0)", "end": "(9,0)", "longest_ttl": timedelta(days=7).total_seconds()}
     for instant in (issued, expiry - INSTANT, expiry, expiry + INSTANT):
@@ -234,8 +234,8 @@ def test_one_time_tokens_live_for_their_lifetime(database: Database, zone: str, 
         with database.transaction(force_rollback=True):
             found = run_at(database, instant, "one_time_tokens", "find_links", **presented)
             assert [row["expired"] for row in found] == [not live] * 2
-            (charged,) = run_at(database, instant, "one_time_tokens", "charge_codes", **typed)
-            assert (charged["expired"], charged["charged_attempts"]) == (not live, 1 if live else None)
+            (guessed,) = run_at(database, instant, "one_time_tokens", "lock_codes", **typed)
+            assert guessed["expired"] is not live
             (pending,) = run_at(database, instant, "one_time_tokens", "find_codes", ids=ids[1:])
             assert pending["expired"] is not live
             listed = run_at(database, instant, "one_time_tokens", "list_tokens", user_ids=users)
@@ -278,7 +278,7 @@ def test_verifications_live_for_their_lifetime(database: Database, zone: str, tt
         deliveries=["return_code"],
     )
     assert (row["created_at"], row["expires_at"]) == (started, expiry)
-    wanted = {"ords": [1], "ids": [row_id], "token_hashes": [None]}
+    wanted = {"ords": [1], "callers": [None], "ids": [row_id], "token_hashes": [None]}
     sweep = {"first": "(0,0)", "end": "(9,0)", "retention": 86400}
     for instant in (started, expiry - INSTANT, expiry, expiry + INSTANT):
         live = instant < expiry

@@ -157,3 +157,28 @@ with dead as materialized (
   returning true
 )
 select count(*) as removed from receipt
+
+-- name: sweep_budgets
+-- Budgets that bound nothing any more. A budget stays as long as a token may live that was issued under it, so that of two
+-- guesses at once neither finds none. A run of wrong codes is forgotten after a year without one.
+with dead as materialized (
+  select b.ctid as place
+  from onetime.budgets as b
+  where b.ctid >= %(first)s::tid and b.ctid < %(end)s::tid
+    and coalesce(b.sends[cardinality(b.sends)] + make_interval(secs => %(longest_send)s) <= clock_timestamp(), true)
+    and coalesce(
+      b.failures[cardinality(b.failures)]
+        + case
+          when b.failures_in_a_row > 0 then make_interval(secs => %(longest_run)s)
+          else make_interval(secs => %(longest_failure)s)
+        end
+        <= clock_timestamp(),
+      true
+    )
+  for update of b skip locked
+), budget as (
+  delete from onetime.budgets as b
+  where b.ctid = any (array(select d.place from dead as d))
+  returning true
+)
+select count(*) as removed from budget

@@ -2,13 +2,17 @@
 --
 -- A row of public.email_verification_tokens is found through onetime.email_verification_states: by the digests that
 -- may be stored for the token presented, or by its id. It is ours if that state is there; others are never touched.
--- Both rows are locked together, in the order of ids, before anything is decided.
+-- The budget of its user is locked first, then both rows together, in the order of ids, before anything is decided.
 
 -- name: add_users
 -- Add users not seen before: only where public.users is our own, made because the database had none.
 insert into public.users (id)
 select distinct unnest(%(user_ids)s::uuid[])
 on conflict (id) do nothing
+
+-- name: find_users
+-- Which of these users the host knows.
+select u.id from public.users as u where u.id = any (%(user_ids)s::uuid[])
 
 -- name: start_verifications
 -- Start verifications. A user whom the host does not know gets none, and is no error for the others.
@@ -41,39 +45,61 @@ join token as t using (id)
 join state as s using (id)
 
 -- name: find_verifications
--- Find verifications by id, or by what may be stored for a token under any key of the ring.
+-- Find verifications by id, or by what may be stored for a token under any key of the ring: of one caller, or of all
+-- where none is named.
 select
   r.ord, t.id, t.user_id, t.email_verification_token as token_hash, t.code as sealed_code, t.code_sent,
   t.created_at, t.updated_at, t.expires_at, t.used_at, t.deleted_at,
   s.failed_attempts, s.caller, s.delivery,
   t.expires_at <= clock_timestamp() as expired
-from unnest(%(ords)s::int[], %(ids)s::uuid[], %(token_hashes)s::text[]) as r (ord, id, token_hash)
+from unnest(
+  %(ords)s::int[], %(ids)s::uuid[], %(token_hashes)s::text[], %(callers)s::text[]
+) as r (ord, id, token_hash, caller)
 join public.email_verification_tokens as t on t.id = coalesce(
   r.id, (select f.id from onetime.email_verification_states as f where f.token_hash = r.token_hash)
 )
 join onetime.email_verification_states as s on s.token_hash = t.email_verification_token and s.id = t.id
+where r.caller is null or s.caller = r.caller
 
 -- name: lock_verifications
--- As find_verifications, and lock what is found. Whether it has expired is asked after the lock, since the wait for it
--- may outlast the token.
-with locked as materialized (
-  select
-    r.ord, t.id, t.user_id, t.email_verification_token as token_hash, t.code as sealed_code, t.code_sent,
-    t.created_at, t.updated_at, t.expires_at, t.used_at, t.deleted_at,
-    s.failed_attempts, s.caller, s.delivery
-  from unnest(%(ords)s::int[], %(ids)s::uuid[], %(token_hashes)s::text[]) as r (ord, id, token_hash)
+-- As find_verifications, and lock what is found, with the budgets of its users. Whether it has expired is asked after the
+-- lock, since the wait for it may outlast the token.
+with found as materialized (
+  select r.ord, t.id, t.user_id
+  from unnest(
+    %(ords)s::int[], %(ids)s::uuid[], %(token_hashes)s::text[], %(callers)s::text[]
+  ) as r (ord, id, token_hash, caller)
   join public.email_verification_tokens as t on t.id = coalesce(
     r.id, (select f.id from onetime.email_verification_states as f where f.token_hash = r.token_hash)
   )
   join onetime.email_verification_states as s on s.token_hash = t.email_verification_token and s.id = t.id
+  where r.caller is null or s.caller = r.caller
+), budget as materialized (
+  select b.user_id, b.failures, b.failures_in_a_row, b.sends
+  from onetime.budgets as b
+  where b.purpose = 'email_verification' and b.user_id in (select f.user_id from found as f)
+  order by b.user_id
+  for update of b
+), locked as materialized (
+  select
+    f.ord, t.id, t.user_id, t.email_verification_token as token_hash, t.code as sealed_code, t.code_sent,
+    t.created_at, t.updated_at, t.expires_at, t.used_at, t.deleted_at,
+    s.failed_attempts, s.caller, s.delivery, s.last_sent_at
+  from found as f
+  join public.email_verification_tokens as t on t.id = f.id
+  join onetime.email_verification_states as s on s.token_hash = t.email_verification_token and s.id = t.id
+  where (select count(*) from budget) >= 0 -- which makes that come first
   order by t.id
   for update of t, s
 )
 select
-  ord, id, user_id, token_hash, sealed_code, code_sent, created_at, updated_at, expires_at, used_at, deleted_at,
-  failed_attempts, caller, delivery,
-  expires_at <= clock_timestamp() as expired
-from locked
+  l.ord, l.id, l.user_id, l.token_hash, l.sealed_code, l.code_sent,
+  l.created_at, l.updated_at, l.expires_at, l.used_at, l.deleted_at,
+  l.failed_attempts, l.caller, l.delivery, l.last_sent_at,
+  l.expires_at <= clock_timestamp() as expired,
+  b.failures, b.failures_in_a_row, b.sends, clock_timestamp() as now
+from locked as l
+left join budget as b using (user_id)
 
 -- name: use_verifications
 -- Spend verifications that this transaction has locked and whose codes it has found right.
@@ -108,6 +134,13 @@ set email_verification_token = r.token_hash, code = r.sealed_code
 from request as r
 where t.id = r.id
 returning r.ord, t.id, t.user_id, t.code_sent, t.created_at, t.updated_at, t.expires_at, t.used_at, t.deleted_at
+
+-- name: mark_resent
+-- Record that the codes of verifications that this transaction has locked are sent again.
+update onetime.email_verification_states as s
+set last_sent_at = clock_timestamp()
+from unnest(%(token_hashes)s::text[]) as r (token_hash)
+where s.token_hash = r.token_hash
 
 -- name: mark_codes_sent
 -- Record that the codes of verifications that this transaction has locked have been mailed.

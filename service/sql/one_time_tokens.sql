@@ -1,6 +1,6 @@
 -- One-time tokens. Every statement takes arrays and answers for each element by its ord, so that calls that arrive
--- together can share a trip. Rows are locked in the order of (user_id, token_type), auth.one_time_tokens before
--- onetime.one_time_token_states.
+-- together can share a trip. Rows are locked in the order of (user_id, token_type): those of onetime.budgets before those
+-- of auth.one_time_tokens, and these before those of onetime.one_time_token_states.
 --
 -- A token expires at created_at + ttl. Both timestamps hold UTC without a zone, so they are held against
 -- clock_timestamp() at time zone 'utc'; now() would be the transaction's start, before any wait for a lock.
@@ -137,11 +137,10 @@ left join first as f using (ord, id)
 left join token as t on t.id = f.id
 where j.expired or t.id is not null
 
--- name: charge_codes
--- Count an attempt on each token that a code was presented for, before anybody compares it. The row's lock makes the
--- count exact: of any number of guesses at once, no more are charged than are left. By an address, the newest live code
--- is meant; where none is live, the newest. Where there is nothing to charge, a record in the write-ahead log is flushed
--- in its stead, so that the time of an answer does not tell who has a code.
+-- name: lock_codes
+-- Find and lock the token that each code was presented for, with the budget of its subject, budgets first: of any number
+-- of guesses at once, each sees the counts that the one before it left. By an address, the newest live code is meant;
+-- where none is live, the newest.
 with request as (
   select * from unnest(
     %(ords)s::int[], %(token_types)s::auth.one_time_token_type[], %(user_ids)s::uuid[], %(relates_to)s::text[]
@@ -151,14 +150,14 @@ with request as (
   from request as r
   cross join lateral (
     (
-      select t.id, t.user_id, t.token_type, t.token_hash, t.relates_to, t.created_at, t.updated_at
+      select t.id, t.user_id, t.token_type
       from auth.one_time_tokens as t
       where r.user_id is not null
         and t.user_id = r.user_id and t.token_type = r.token_type and t.token_hash ~ '^ot[ch]1\.'
     )
     union all
     (
-      select t.id, t.user_id, t.token_type, t.token_hash, t.relates_to, t.created_at, t.updated_at
+      select t.id, t.user_id, t.token_type
       from auth.one_time_tokens as t
       join onetime.one_time_token_states as s
         on s.user_id = t.user_id and s.token_type = t.token_type and s.token_id = t.id
@@ -168,34 +167,42 @@ with request as (
       limit 1
     )
   ) as c
+), budget as materialized (
+  select b.user_id, b.purpose, b.failures, b.failures_in_a_row
+  from onetime.budgets as b
+  where (b.user_id, b.purpose) in (select f.user_id, f.token_type::text from found as f)
+  order by b.user_id, b.purpose
+  for update of b
 ), locked as materialized (
-  select f.*, s.ttl, s.failed_attempts
+  select
+    f.ord, t.id, t.user_id, t.token_type, t.token_hash, t.relates_to, t.created_at, t.updated_at,
+    s.ttl, s.failed_attempts
   from found as f
+  join auth.one_time_tokens as t on t.id = f.id
   join onetime.one_time_token_states as s
     on s.user_id = f.user_id and s.token_type = f.token_type and s.token_id = f.id
+  where (select count(*) from budget) >= 0 -- which makes that come first
   order by f.user_id, f.token_type
-  for update of s
-), judged as materialized (
-  select *, created_at + ttl <= clock_timestamp() at time zone 'utc' as expired from locked
-), charged as (
-  update onetime.one_time_token_states as s
-  set failed_attempts = s.failed_attempts + 1
-  from judged as j
-  where s.user_id = j.user_id and s.token_type = j.token_type and s.token_id = j.id
-    and not j.expired and j.failed_attempts < %(max_attempts)s
-  returning j.ord, s.failed_attempts
+  for update of t, s
 )
 select
-  r.ord, j.id, j.user_id, j.token_type, j.token_hash, j.relates_to, j.expired,
-  j.created_at at time zone 'utc' as create_time,
-  j.updated_at at time zone 'utc' as update_time,
-  (j.created_at + j.ttl) at time zone 'utc' as expire_time,
-  j.failed_attempts,
-  c.failed_attempts as charged_attempts,
-  case when j.id is null then pg_logical_emit_message(true, 'onetime', '') end is not null as charged_nobody
-from request as r
-left join judged as j using (ord)
-left join charged as c using (ord)
+  l.ord, l.id, l.user_id, l.token_type, l.token_hash, l.relates_to, l.failed_attempts,
+  l.created_at at time zone 'utc' as create_time,
+  l.updated_at at time zone 'utc' as update_time,
+  (l.created_at + l.ttl) at time zone 'utc' as expire_time,
+  l.created_at + l.ttl <= clock_timestamp() at time zone 'utc' as expired,
+  b.failures, b.failures_in_a_row, clock_timestamp() as now
+from locked as l
+left join budget as b on b.user_id = l.user_id and b.purpose = l.token_type::text
+
+-- name: charge_codes
+-- Count an attempt on tokens that this transaction has locked, before anybody compares it.
+update onetime.one_time_token_states as s
+set failed_attempts = s.failed_attempts + 1
+from unnest(
+  %(user_ids)s::uuid[], %(token_types)s::auth.one_time_token_type[], %(ids)s::uuid[]
+) as r (user_id, token_type, id)
+where s.user_id = r.user_id and s.token_type = r.token_type and s.token_id = r.id
 
 -- name: refund_codes
 -- Give charges back: the code was right, or could not be compared.
@@ -210,7 +217,6 @@ where s.user_id = r.user_id and s.token_type = r.token_type and s.token_id = r.i
 -- Find codes by their ids, for a retry that finds its charge pending.
 select
   r.ord, t.id, t.user_id, t.token_type, t.token_hash, t.relates_to, s.failed_attempts,
-  s.failed_attempts as charged_attempts,
   t.created_at at time zone 'utc' as create_time,
   t.updated_at at time zone 'utc' as update_time,
   (t.created_at + s.ttl) at time zone 'utc' as expire_time,

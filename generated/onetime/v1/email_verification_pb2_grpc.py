@@ -30,11 +30,16 @@ class EmailVerificationServiceStub:
     email_verification_token, the user reads the code in a mail; VerifyCode needs
     both.
 
-    Several verifications of one user may be live at once (two devices).
+    Several verifications of one user may be live at once (two devices). A caller
+    sees only those that it started, unless the policy lets it see all: others'
+    are TOKEN_NOT_FOUND.
 
     Every refusal is a non-OK status that carries google.rpc.ErrorInfo (domain
     "onetime") in grpc-status-details-bin, and its reason once more as the plain
     trailing metadata `onetime-reason`.
+
+    Any rpc may answer CALLER_UNKNOWN, CALLER_NOT_ALLOWED, OVERLOADED,
+    DATABASE_UNAVAILABLE, OUTCOME_UNKNOWN or INTERNAL, beside what it lists.
     """
 
     def __init__(self, channel):
@@ -80,18 +85,23 @@ class EmailVerificationServiceServicer:
     email_verification_token, the user reads the code in a mail; VerifyCode needs
     both.
 
-    Several verifications of one user may be live at once (two devices).
+    Several verifications of one user may be live at once (two devices). A caller
+    sees only those that it started, unless the policy lets it see all: others'
+    are TOKEN_NOT_FOUND.
 
     Every refusal is a non-OK status that carries google.rpc.ErrorInfo (domain
     "onetime") in grpc-status-details-bin, and its reason once more as the plain
     trailing metadata `onetime-reason`.
+
+    Any rpc may answer CALLER_UNKNOWN, CALLER_NOT_ALLOWED, OVERLOADED,
+    DATABASE_UNAVAILABLE, OUTCOME_UNKNOWN or INTERNAL, beside what it lists.
     """
 
     def StartEmailVerification(self, request, context):
         """Makes a token and a code. The token is returned here only.
 
         Errors: INVALID_REQUEST, USER_NOT_FOUND, MAIL_NOT_CONFIGURED,
-        REQUEST_ID_REUSED. A retry whose verification is over meanwhile:
+        TOO_MANY_SENDS, REQUEST_ID_REUSED. A retry whose verification is over meanwhile:
         TOKEN_NOT_FOUND, TOKEN_USED, TOKEN_CANCELLED, TOKEN_EXPIRED,
         ATTEMPTS_EXHAUSTED.
         """
@@ -105,17 +115,20 @@ class EmailVerificationServiceServicer:
         replica, except a retry of this call with the same request_id.
 
         Errors: INVALID_REQUEST, TOKEN_NOT_FOUND, TOKEN_USED, TOKEN_CANCELLED,
-        TOKEN_EXPIRED, ATTEMPTS_EXHAUSTED, CODE_MISMATCH, REQUEST_ID_REUSED.
+        TOKEN_EXPIRED, ATTEMPTS_EXHAUSTED, TOO_MANY_FAILURES, CODE_MISMATCH,
+        REQUEST_ID_REUSED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ResendCode(self, request, context):
-        """Sends the same code again. It extends nothing and resets no counter.
+        """Sends the same code again, a minute after the last time at the earliest. It
+        extends nothing and resets no counter.
 
         Errors: INVALID_REQUEST, TOKEN_NOT_FOUND, TOKEN_USED, TOKEN_CANCELLED,
-        TOKEN_EXPIRED, ATTEMPTS_EXHAUSTED, REQUEST_ID_REUSED.
+        TOKEN_EXPIRED, ATTEMPTS_EXHAUSTED, TOO_SOON, TOO_MANY_SENDS,
+        REQUEST_ID_REUSED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -196,11 +209,16 @@ class EmailVerificationService:
     email_verification_token, the user reads the code in a mail; VerifyCode needs
     both.
 
-    Several verifications of one user may be live at once (two devices).
+    Several verifications of one user may be live at once (two devices). A caller
+    sees only those that it started, unless the policy lets it see all: others'
+    are TOKEN_NOT_FOUND.
 
     Every refusal is a non-OK status that carries google.rpc.ErrorInfo (domain
     "onetime") in grpc-status-details-bin, and its reason once more as the plain
     trailing metadata `onetime-reason`.
+
+    Any rpc may answer CALLER_UNKNOWN, CALLER_NOT_ALLOWED, OVERLOADED,
+    DATABASE_UNAVAILABLE, OUTCOME_UNKNOWN or INTERNAL, beside what it lists.
     """
 
     @staticmethod

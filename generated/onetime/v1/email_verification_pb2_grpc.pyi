@@ -33,11 +33,16 @@ class EmailVerificationServiceStub:
     email_verification_token, the user reads the code in a mail; VerifyCode needs
     both.
 
-    Several verifications of one user may be live at once (two devices).
+    Several verifications of one user may be live at once (two devices). A caller
+    sees only those that it started, unless the policy lets it see all: others'
+    are TOKEN_NOT_FOUND.
 
     Every refusal is a non-OK status that carries google.rpc.ErrorInfo (domain
     "onetime") in grpc-status-details-bin, and its reason once more as the plain
     trailing metadata `onetime-reason`.
+
+    Any rpc may answer CALLER_UNKNOWN, CALLER_NOT_ALLOWED, OVERLOADED,
+    DATABASE_UNAVAILABLE, OUTCOME_UNKNOWN or INTERNAL, beside what it lists.
     """
 
     @_typing.overload
@@ -48,7 +53,7 @@ class EmailVerificationServiceStub:
     """Makes a token and a code. The token is returned here only.
 
     Errors: INVALID_REQUEST, USER_NOT_FOUND, MAIL_NOT_CONFIGURED,
-    REQUEST_ID_REUSED. A retry whose verification is over meanwhile:
+    TOO_MANY_SENDS, REQUEST_ID_REUSED. A retry whose verification is over meanwhile:
     TOKEN_NOT_FOUND, TOKEN_USED, TOKEN_CANCELLED, TOKEN_EXPIRED,
     ATTEMPTS_EXHAUSTED.
     """
@@ -58,13 +63,16 @@ class EmailVerificationServiceStub:
     replica, except a retry of this call with the same request_id.
 
     Errors: INVALID_REQUEST, TOKEN_NOT_FOUND, TOKEN_USED, TOKEN_CANCELLED,
-    TOKEN_EXPIRED, ATTEMPTS_EXHAUSTED, CODE_MISMATCH, REQUEST_ID_REUSED.
+    TOKEN_EXPIRED, ATTEMPTS_EXHAUSTED, TOO_MANY_FAILURES, CODE_MISMATCH,
+    REQUEST_ID_REUSED.
     """
     ResendCode: _grpc.UnaryUnaryMultiCallable[_email_verification_pb2.ResendCodeRequest, _email_verification_pb2.ResendCodeResponse]
-    """Sends the same code again. It extends nothing and resets no counter.
+    """Sends the same code again, a minute after the last time at the earliest. It
+    extends nothing and resets no counter.
 
     Errors: INVALID_REQUEST, TOKEN_NOT_FOUND, TOKEN_USED, TOKEN_CANCELLED,
-    TOKEN_EXPIRED, ATTEMPTS_EXHAUSTED, REQUEST_ID_REUSED.
+    TOKEN_EXPIRED, ATTEMPTS_EXHAUSTED, TOO_SOON, TOO_MANY_SENDS,
+    REQUEST_ID_REUSED.
     """
     MarkCodeSent: _grpc.UnaryUnaryMultiCallable[_email_verification_pb2.MarkCodeSentRequest, _email_verification_pb2.MarkCodeSentResponse]
     """Records that the caller has mailed the code of a pending verification that
@@ -90,11 +98,16 @@ class EmailVerificationServiceAsyncStub(EmailVerificationServiceStub):
     email_verification_token, the user reads the code in a mail; VerifyCode needs
     both.
 
-    Several verifications of one user may be live at once (two devices).
+    Several verifications of one user may be live at once (two devices). A caller
+    sees only those that it started, unless the policy lets it see all: others'
+    are TOKEN_NOT_FOUND.
 
     Every refusal is a non-OK status that carries google.rpc.ErrorInfo (domain
     "onetime") in grpc-status-details-bin, and its reason once more as the plain
     trailing metadata `onetime-reason`.
+
+    Any rpc may answer CALLER_UNKNOWN, CALLER_NOT_ALLOWED, OVERLOADED,
+    DATABASE_UNAVAILABLE, OUTCOME_UNKNOWN or INTERNAL, beside what it lists.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -102,7 +115,7 @@ class EmailVerificationServiceAsyncStub(EmailVerificationServiceStub):
     """Makes a token and a code. The token is returned here only.
 
     Errors: INVALID_REQUEST, USER_NOT_FOUND, MAIL_NOT_CONFIGURED,
-    REQUEST_ID_REUSED. A retry whose verification is over meanwhile:
+    TOO_MANY_SENDS, REQUEST_ID_REUSED. A retry whose verification is over meanwhile:
     TOKEN_NOT_FOUND, TOKEN_USED, TOKEN_CANCELLED, TOKEN_EXPIRED,
     ATTEMPTS_EXHAUSTED.
     """
@@ -112,13 +125,16 @@ class EmailVerificationServiceAsyncStub(EmailVerificationServiceStub):
     replica, except a retry of this call with the same request_id.
 
     Errors: INVALID_REQUEST, TOKEN_NOT_FOUND, TOKEN_USED, TOKEN_CANCELLED,
-    TOKEN_EXPIRED, ATTEMPTS_EXHAUSTED, CODE_MISMATCH, REQUEST_ID_REUSED.
+    TOKEN_EXPIRED, ATTEMPTS_EXHAUSTED, TOO_MANY_FAILURES, CODE_MISMATCH,
+    REQUEST_ID_REUSED.
     """
     ResendCode: _aio.UnaryUnaryMultiCallable[_email_verification_pb2.ResendCodeRequest, _email_verification_pb2.ResendCodeResponse]  # type: ignore[assignment]
-    """Sends the same code again. It extends nothing and resets no counter.
+    """Sends the same code again, a minute after the last time at the earliest. It
+    extends nothing and resets no counter.
 
     Errors: INVALID_REQUEST, TOKEN_NOT_FOUND, TOKEN_USED, TOKEN_CANCELLED,
-    TOKEN_EXPIRED, ATTEMPTS_EXHAUSTED, REQUEST_ID_REUSED.
+    TOKEN_EXPIRED, ATTEMPTS_EXHAUSTED, TOO_SOON, TOO_MANY_SENDS,
+    REQUEST_ID_REUSED.
     """
     MarkCodeSent: _aio.UnaryUnaryMultiCallable[_email_verification_pb2.MarkCodeSentRequest, _email_verification_pb2.MarkCodeSentResponse]  # type: ignore[assignment]
     """Records that the caller has mailed the code of a pending verification that
@@ -143,11 +159,16 @@ class EmailVerificationServiceServicer(metaclass=_abc_1.ABCMeta):
     email_verification_token, the user reads the code in a mail; VerifyCode needs
     both.
 
-    Several verifications of one user may be live at once (two devices).
+    Several verifications of one user may be live at once (two devices). A caller
+    sees only those that it started, unless the policy lets it see all: others'
+    are TOKEN_NOT_FOUND.
 
     Every refusal is a non-OK status that carries google.rpc.ErrorInfo (domain
     "onetime") in grpc-status-details-bin, and its reason once more as the plain
     trailing metadata `onetime-reason`.
+
+    Any rpc may answer CALLER_UNKNOWN, CALLER_NOT_ALLOWED, OVERLOADED,
+    DATABASE_UNAVAILABLE, OUTCOME_UNKNOWN or INTERNAL, beside what it lists.
     """
 
     @_abc_1.abstractmethod
@@ -159,7 +180,7 @@ class EmailVerificationServiceServicer(metaclass=_abc_1.ABCMeta):
         """Makes a token and a code. The token is returned here only.
 
         Errors: INVALID_REQUEST, USER_NOT_FOUND, MAIL_NOT_CONFIGURED,
-        REQUEST_ID_REUSED. A retry whose verification is over meanwhile:
+        TOO_MANY_SENDS, REQUEST_ID_REUSED. A retry whose verification is over meanwhile:
         TOKEN_NOT_FOUND, TOKEN_USED, TOKEN_CANCELLED, TOKEN_EXPIRED,
         ATTEMPTS_EXHAUSTED.
         """
@@ -175,7 +196,8 @@ class EmailVerificationServiceServicer(metaclass=_abc_1.ABCMeta):
         replica, except a retry of this call with the same request_id.
 
         Errors: INVALID_REQUEST, TOKEN_NOT_FOUND, TOKEN_USED, TOKEN_CANCELLED,
-        TOKEN_EXPIRED, ATTEMPTS_EXHAUSTED, CODE_MISMATCH, REQUEST_ID_REUSED.
+        TOKEN_EXPIRED, ATTEMPTS_EXHAUSTED, TOO_MANY_FAILURES, CODE_MISMATCH,
+        REQUEST_ID_REUSED.
         """
 
     @_abc_1.abstractmethod
@@ -184,10 +206,12 @@ class EmailVerificationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _email_verification_pb2.ResendCodeRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_email_verification_pb2.ResendCodeResponse, _abc.Awaitable[_email_verification_pb2.ResendCodeResponse]]:
-        """Sends the same code again. It extends nothing and resets no counter.
+        """Sends the same code again, a minute after the last time at the earliest. It
+        extends nothing and resets no counter.
 
         Errors: INVALID_REQUEST, TOKEN_NOT_FOUND, TOKEN_USED, TOKEN_CANCELLED,
-        TOKEN_EXPIRED, ATTEMPTS_EXHAUSTED, REQUEST_ID_REUSED.
+        TOKEN_EXPIRED, ATTEMPTS_EXHAUSTED, TOO_SOON, TOO_MANY_SENDS,
+        REQUEST_ID_REUSED.
         """
 
     @_abc_1.abstractmethod

@@ -34,6 +34,9 @@ class OneTimeTokenServiceStub:
     Every refusal is a non-OK status that carries google.rpc.ErrorInfo (domain
     "onetime") in grpc-status-details-bin, and its reason once more as the plain
     trailing metadata `onetime-reason`.
+
+    Any rpc may answer CALLER_UNKNOWN, CALLER_NOT_ALLOWED, OVERLOADED,
+    DATABASE_UNAVAILABLE, OUTCOME_UNKNOWN or INTERNAL, beside what it lists.
     """
 
     def __init__(self, channel):
@@ -78,6 +81,9 @@ class OneTimeTokenServiceServicer:
     Every refusal is a non-OK status that carries google.rpc.ErrorInfo (domain
     "onetime") in grpc-status-details-bin, and its reason once more as the plain
     trailing metadata `onetime-reason`.
+
+    Any rpc may answer CALLER_UNKNOWN, CALLER_NOT_ALLOWED, OVERLOADED,
+    DATABASE_UNAVAILABLE, OUTCOME_UNKNOWN or INTERNAL, beside what it lists.
     """
 
     def IssueToken(self, request, context):
@@ -85,8 +91,9 @@ class OneTimeTokenServiceServicer:
         secret cannot be had again, only replaced.
 
         Errors: INVALID_REQUEST, USER_NOT_FOUND (only where the host's table has a
-        foreign key to its users), REQUEST_ID_REUSED. A retry whose token is gone
-        meanwhile: TOKEN_NOT_FOUND, TOKEN_EXPIRED, ATTEMPTS_EXHAUSTED.
+        foreign key to its users), TOO_MANY_SENDS, REQUEST_ID_REUSED. A retry whose
+        token is gone meanwhile: TOKEN_NOT_FOUND, TOKEN_EXPIRED,
+        ATTEMPTS_EXHAUSTED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -99,7 +106,7 @@ class OneTimeTokenServiceServicer:
         ConsumeToken counts it.
 
         Errors: INVALID_REQUEST, TOKEN_NOT_FOUND, TOKEN_EXPIRED,
-        ATTEMPTS_EXHAUSTED, CODE_MISMATCH.
+        ATTEMPTS_EXHAUSTED, TOO_MANY_FAILURES, CODE_MISMATCH.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -111,7 +118,7 @@ class OneTimeTokenServiceServicer:
         except a retry of this call with the same request_id.
 
         Errors: INVALID_REQUEST, TOKEN_NOT_FOUND, TOKEN_EXPIRED,
-        ATTEMPTS_EXHAUSTED, CODE_MISMATCH, REQUEST_ID_REUSED.
+        ATTEMPTS_EXHAUSTED, TOO_MANY_FAILURES, CODE_MISMATCH, REQUEST_ID_REUSED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -127,7 +134,8 @@ class OneTimeTokenServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListTokens(self, request, context):
-        """Lists a user's tokens that have not expired, one of a type at most.
+        """Lists a user's tokens that have not expired, one of a type at most, of the
+        types that the caller may deal with.
 
         Errors: INVALID_REQUEST.
         """
@@ -180,6 +188,9 @@ class OneTimeTokenService:
     Every refusal is a non-OK status that carries google.rpc.ErrorInfo (domain
     "onetime") in grpc-status-details-bin, and its reason once more as the plain
     trailing metadata `onetime-reason`.
+
+    Any rpc may answer CALLER_UNKNOWN, CALLER_NOT_ALLOWED, OVERLOADED,
+    DATABASE_UNAVAILABLE, OUTCOME_UNKNOWN or INTERNAL, beside what it lists.
     """
 
     @staticmethod

@@ -35,6 +35,9 @@ class OneTimeTokenServiceStub:
     Every refusal is a non-OK status that carries google.rpc.ErrorInfo (domain
     "onetime") in grpc-status-details-bin, and its reason once more as the plain
     trailing metadata `onetime-reason`.
+
+    Any rpc may answer CALLER_UNKNOWN, CALLER_NOT_ALLOWED, OVERLOADED,
+    DATABASE_UNAVAILABLE, OUTCOME_UNKNOWN or INTERNAL, beside what it lists.
     """
 
     @_typing.overload
@@ -46,8 +49,9 @@ class OneTimeTokenServiceStub:
     secret cannot be had again, only replaced.
 
     Errors: INVALID_REQUEST, USER_NOT_FOUND (only where the host's table has a
-    foreign key to its users), REQUEST_ID_REUSED. A retry whose token is gone
-    meanwhile: TOKEN_NOT_FOUND, TOKEN_EXPIRED, ATTEMPTS_EXHAUSTED.
+    foreign key to its users), TOO_MANY_SENDS, REQUEST_ID_REUSED. A retry whose
+    token is gone meanwhile: TOKEN_NOT_FOUND, TOKEN_EXPIRED,
+    ATTEMPTS_EXHAUSTED.
     """
     CheckToken: _grpc.UnaryUnaryMultiCallable[_one_time_tokens_pb2.CheckTokenRequest, _one_time_tokens_pb2.CheckTokenResponse]
     """Tells whether a credential would be accepted, without spending it, so that
@@ -56,7 +60,7 @@ class OneTimeTokenServiceStub:
     ConsumeToken counts it.
 
     Errors: INVALID_REQUEST, TOKEN_NOT_FOUND, TOKEN_EXPIRED,
-    ATTEMPTS_EXHAUSTED, CODE_MISMATCH.
+    ATTEMPTS_EXHAUSTED, TOO_MANY_FAILURES, CODE_MISMATCH.
     """
     ConsumeToken: _grpc.UnaryUnaryMultiCallable[_one_time_tokens_pb2.ConsumeTokenRequest, _one_time_tokens_pb2.ConsumeTokenResponse]
     """Accepts a credential once, and never again. An OK answer is the proof: no
@@ -64,7 +68,7 @@ class OneTimeTokenServiceStub:
     except a retry of this call with the same request_id.
 
     Errors: INVALID_REQUEST, TOKEN_NOT_FOUND, TOKEN_EXPIRED,
-    ATTEMPTS_EXHAUSTED, CODE_MISMATCH, REQUEST_ID_REUSED.
+    ATTEMPTS_EXHAUSTED, TOO_MANY_FAILURES, CODE_MISMATCH, REQUEST_ID_REUSED.
     """
     RevokeTokens: _grpc.UnaryUnaryMultiCallable[_one_time_tokens_pb2.RevokeTokensRequest, _one_time_tokens_pb2.RevokeTokensResponse]
     """Makes a user's tokens worthless. Revoking what is not there is no error.
@@ -72,7 +76,8 @@ class OneTimeTokenServiceStub:
     Errors: INVALID_REQUEST.
     """
     ListTokens: _grpc.UnaryUnaryMultiCallable[_one_time_tokens_pb2.ListTokensRequest, _one_time_tokens_pb2.ListTokensResponse]
-    """Lists a user's tokens that have not expired, one of a type at most.
+    """Lists a user's tokens that have not expired, one of a type at most, of the
+    types that the caller may deal with.
 
     Errors: INVALID_REQUEST.
     """
@@ -87,6 +92,9 @@ class OneTimeTokenServiceAsyncStub(OneTimeTokenServiceStub):
     Every refusal is a non-OK status that carries google.rpc.ErrorInfo (domain
     "onetime") in grpc-status-details-bin, and its reason once more as the plain
     trailing metadata `onetime-reason`.
+
+    Any rpc may answer CALLER_UNKNOWN, CALLER_NOT_ALLOWED, OVERLOADED,
+    DATABASE_UNAVAILABLE, OUTCOME_UNKNOWN or INTERNAL, beside what it lists.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -95,8 +103,9 @@ class OneTimeTokenServiceAsyncStub(OneTimeTokenServiceStub):
     secret cannot be had again, only replaced.
 
     Errors: INVALID_REQUEST, USER_NOT_FOUND (only where the host's table has a
-    foreign key to its users), REQUEST_ID_REUSED. A retry whose token is gone
-    meanwhile: TOKEN_NOT_FOUND, TOKEN_EXPIRED, ATTEMPTS_EXHAUSTED.
+    foreign key to its users), TOO_MANY_SENDS, REQUEST_ID_REUSED. A retry whose
+    token is gone meanwhile: TOKEN_NOT_FOUND, TOKEN_EXPIRED,
+    ATTEMPTS_EXHAUSTED.
     """
     CheckToken: _aio.UnaryUnaryMultiCallable[_one_time_tokens_pb2.CheckTokenRequest, _one_time_tokens_pb2.CheckTokenResponse]  # type: ignore[assignment]
     """Tells whether a credential would be accepted, without spending it, so that
@@ -105,7 +114,7 @@ class OneTimeTokenServiceAsyncStub(OneTimeTokenServiceStub):
     ConsumeToken counts it.
 
     Errors: INVALID_REQUEST, TOKEN_NOT_FOUND, TOKEN_EXPIRED,
-    ATTEMPTS_EXHAUSTED, CODE_MISMATCH.
+    ATTEMPTS_EXHAUSTED, TOO_MANY_FAILURES, CODE_MISMATCH.
     """
     ConsumeToken: _aio.UnaryUnaryMultiCallable[_one_time_tokens_pb2.ConsumeTokenRequest, _one_time_tokens_pb2.ConsumeTokenResponse]  # type: ignore[assignment]
     """Accepts a credential once, and never again. An OK answer is the proof: no
@@ -113,7 +122,7 @@ class OneTimeTokenServiceAsyncStub(OneTimeTokenServiceStub):
     except a retry of this call with the same request_id.
 
     Errors: INVALID_REQUEST, TOKEN_NOT_FOUND, TOKEN_EXPIRED,
-    ATTEMPTS_EXHAUSTED, CODE_MISMATCH, REQUEST_ID_REUSED.
+    ATTEMPTS_EXHAUSTED, TOO_MANY_FAILURES, CODE_MISMATCH, REQUEST_ID_REUSED.
     """
     RevokeTokens: _aio.UnaryUnaryMultiCallable[_one_time_tokens_pb2.RevokeTokensRequest, _one_time_tokens_pb2.RevokeTokensResponse]  # type: ignore[assignment]
     """Makes a user's tokens worthless. Revoking what is not there is no error.
@@ -121,7 +130,8 @@ class OneTimeTokenServiceAsyncStub(OneTimeTokenServiceStub):
     Errors: INVALID_REQUEST.
     """
     ListTokens: _aio.UnaryUnaryMultiCallable[_one_time_tokens_pb2.ListTokensRequest, _one_time_tokens_pb2.ListTokensResponse]  # type: ignore[assignment]
-    """Lists a user's tokens that have not expired, one of a type at most.
+    """Lists a user's tokens that have not expired, one of a type at most, of the
+    types that the caller may deal with.
 
     Errors: INVALID_REQUEST.
     """
@@ -135,6 +145,9 @@ class OneTimeTokenServiceServicer(metaclass=_abc_1.ABCMeta):
     Every refusal is a non-OK status that carries google.rpc.ErrorInfo (domain
     "onetime") in grpc-status-details-bin, and its reason once more as the plain
     trailing metadata `onetime-reason`.
+
+    Any rpc may answer CALLER_UNKNOWN, CALLER_NOT_ALLOWED, OVERLOADED,
+    DATABASE_UNAVAILABLE, OUTCOME_UNKNOWN or INTERNAL, beside what it lists.
     """
 
     @_abc_1.abstractmethod
@@ -147,8 +160,9 @@ class OneTimeTokenServiceServicer(metaclass=_abc_1.ABCMeta):
         secret cannot be had again, only replaced.
 
         Errors: INVALID_REQUEST, USER_NOT_FOUND (only where the host's table has a
-        foreign key to its users), REQUEST_ID_REUSED. A retry whose token is gone
-        meanwhile: TOKEN_NOT_FOUND, TOKEN_EXPIRED, ATTEMPTS_EXHAUSTED.
+        foreign key to its users), TOO_MANY_SENDS, REQUEST_ID_REUSED. A retry whose
+        token is gone meanwhile: TOKEN_NOT_FOUND, TOKEN_EXPIRED,
+        ATTEMPTS_EXHAUSTED.
         """
 
     @_abc_1.abstractmethod
@@ -163,7 +177,7 @@ class OneTimeTokenServiceServicer(metaclass=_abc_1.ABCMeta):
         ConsumeToken counts it.
 
         Errors: INVALID_REQUEST, TOKEN_NOT_FOUND, TOKEN_EXPIRED,
-        ATTEMPTS_EXHAUSTED, CODE_MISMATCH.
+        ATTEMPTS_EXHAUSTED, TOO_MANY_FAILURES, CODE_MISMATCH.
         """
 
     @_abc_1.abstractmethod
@@ -177,7 +191,7 @@ class OneTimeTokenServiceServicer(metaclass=_abc_1.ABCMeta):
         except a retry of this call with the same request_id.
 
         Errors: INVALID_REQUEST, TOKEN_NOT_FOUND, TOKEN_EXPIRED,
-        ATTEMPTS_EXHAUSTED, CODE_MISMATCH, REQUEST_ID_REUSED.
+        ATTEMPTS_EXHAUSTED, TOO_MANY_FAILURES, CODE_MISMATCH, REQUEST_ID_REUSED.
         """
 
     @_abc_1.abstractmethod
@@ -197,7 +211,8 @@ class OneTimeTokenServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _one_time_tokens_pb2.ListTokensRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_one_time_tokens_pb2.ListTokensResponse, _abc.Awaitable[_one_time_tokens_pb2.ListTokensResponse]]:
-        """Lists a user's tokens that have not expired, one of a type at most.
+        """Lists a user's tokens that have not expired, one of a type at most, of the
+        types that the caller may deal with.
 
         Errors: INVALID_REQUEST.
         """

@@ -1,0 +1,68 @@
+-- Budgets: what bounds guesses and sends for one user and purpose. Every statement takes arrays, an element a subject; no
+-- subject twice.
+--
+-- A budget is locked before the tokens of its subject, everywhere: so that calls about one subject queue up here, and never
+-- wait for each other in a circle. The times are taken from clock_timestamp(), under that lock, so they stand in order.
+
+-- name: make_budgets
+-- See that budgets are there, to be locked: of two calls that are the first for their subject, the second waits here.
+insert into onetime.budgets (user_id, purpose)
+select user_id, purpose
+from unnest(%(user_ids)s::uuid[], %(purposes)s::text[]) as r (user_id, purpose)
+order by user_id, purpose
+on conflict (user_id, purpose) do nothing
+
+-- name: lock_budgets
+-- Lock budgets, and tell how they stand.
+with locked as materialized (
+  select b.user_id, b.purpose, b.failures, b.failures_in_a_row, b.sends
+  from unnest(%(user_ids)s::uuid[], %(purposes)s::text[]) as r (user_id, purpose)
+  join onetime.budgets as b using (user_id, purpose)
+  order by b.user_id, b.purpose
+  for update of b
+)
+select user_id, purpose, failures, failures_in_a_row, sends, clock_timestamp() as now from locked
+
+-- name: spend_sends
+-- Count one send on each budget.
+insert into onetime.budgets as b (user_id, purpose, sends)
+select user_id, purpose, array[clock_timestamp()]
+from unnest(%(user_ids)s::uuid[], %(purposes)s::text[]) as r (user_id, purpose)
+order by user_id, purpose
+on conflict (user_id, purpose) do update set
+  sends = (b.sends || clock_timestamp())[greatest(cardinality(b.sends) + 2 - %(keep)s, 1):]
+
+-- name: charge_budgets
+-- Count one wrong code on each budget that this transaction has locked.
+insert into onetime.budgets as b (user_id, purpose, failures, failures_in_a_row)
+select user_id, purpose, array[charged_at], 1
+from unnest(
+  %(user_ids)s::uuid[], %(purposes)s::text[], %(charged_ats)s::timestamptz[]
+) as r (user_id, purpose, charged_at)
+order by user_id, purpose
+on conflict (user_id, purpose) do update set
+  failures = (b.failures || excluded.failures)[greatest(cardinality(b.failures) + 2 - %(keep)s, 1):],
+  failures_in_a_row = b.failures_in_a_row + 1
+
+-- name: end_runs
+-- A right code: take back its own charge, if it had one, and end the run of wrong ones. Codes that were charged after
+-- this one go on being counted: their verdicts are not known here.
+update onetime.budgets as b
+set
+  failures = array_remove(b.failures, r.charged_at),
+  failures_in_a_row = (select count(*) from unnest(b.failures) as f (time) where f.time > r.charged_at)
+from unnest(
+  %(user_ids)s::uuid[], %(purposes)s::text[], %(charged_ats)s::timestamptz[]
+) as r (user_id, purpose, charged_at)
+where b.user_id = r.user_id and b.purpose = r.purpose
+
+-- name: forget_failures
+-- A code that came to no verdict, by a failure of ours: take back its charge.
+update onetime.budgets as b
+set
+  failures = array_remove(b.failures, r.charged_at),
+  failures_in_a_row = greatest(b.failures_in_a_row - 1, 0)
+from unnest(
+  %(user_ids)s::uuid[], %(purposes)s::text[], %(charged_ats)s::timestamptz[]
+) as r (user_id, purpose, charged_at)
+where b.user_id = r.user_id and b.purpose = r.purpose

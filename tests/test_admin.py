@@ -1,0 +1,144 @@
+"""AdminService: what operators and support do to a user as a whole."""
+
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+from calls import Client, Database, connected, contents, new_id, open_channel, reason, refused, serving, wrong
+from conftest import PostgresServer
+from onetime.v1 import admin_pb2 as pb
+from onetime.v1 import one_time_tokens_pb2 as ott
+from onetime.v1.email_verification_pb2 import STATE_USED
+
+
+@pytest.fixture(scope="module")
+def migrated_url(postgres_18: PostgresServer, template_url: str) -> Iterator[str]:
+    """One database for all tests of this module, each of which takes users of its own."""
+    with postgres_18.database(template_url) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def target(migrated_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """One server for all tests of this module."""
+    with serving(migrated_url, tmp_path_factory.mktemp("server")) as target:
+        yield target
+
+
+@pytest.fixture
+async def client(target: str) -> AsyncIterator[Client]:
+    """A client of the server."""
+    async with open_channel(target) as channel:
+        yield Client(channel)
+
+
+@pytest.fixture
+def database(migrated_url: str) -> Iterator[Database]:
+    """A connection of the test's own to the database."""
+    with connected(migrated_url) as one:
+        yield one
+
+
+def test_its_types_are_those_of_the_tokens() -> None:
+    """The enum is told twice in the contract, since its files import none of each other."""
+    assert dict(pb.UnlockSubjectRequest.TokenType.items()) == dict[str, int](ott.TokenType.items())
+
+
+async def test_purge(client: Client, database: Database) -> None:
+    """Everything of the user goes, so that the host can delete the user, and nothing of anybody else's."""
+    before = contents(database)
+    other = await client.issue(), await client.start()
+    kept = contents(database)
+    user_id = new_id()
+    issued = [
+        await client.issue(user_id, ott.TOKEN_TYPE_RECOVERY, request_id=new_id()),
+        await client.issue(user_id, ott.TOKEN_TYPE_PHONE_CHANGE, digits=6),
+    ]
+    started = [await client.start(user_id, request_id=new_id()) for _ in range(3)]
+    await client.verify(started[0])
+    await client.cancel(started[1])
+    assert await reason(client.consume(issued[1], wrong(issued[1].secret))) == "CODE_MISMATCH"
+    # Another system's rows of this user would keep the host from deleting the user, too.
+    database.execute(
+        "insert into public.email_verification_tokens (user_id, email_verification_token, code) values (%s, %s, '1')",
+        [user_id, f"{user_id:x<128}"],
+    )
+    database.execute(
+        "insert into auth.one_time_tokens (id, user_id, token_type, token_hash, relates_to, created_at, updated_at)"
+        " values (gen_random_uuid(), %s, 'confirmation_token', 'theirs', '', now(), now())",
+        [user_id],
+    )
+    answer = await client.admin.PurgeUser(pb.PurgeUserRequest(user_id=user_id))
+    assert (answer.one_time_tokens_count, answer.email_verifications_count) == (3, 4)
+    database.execute("delete from public.users where id = %s", [user_id])
+    after = contents(database)
+    budgets = after["onetime.budgets"]
+    assert {**after, "onetime.budgets": []} == {**kept, "onetime.budgets": []}
+    assert {row["purpose"] for row in budgets if str(row["user_id"]) == user_id} == {
+        "recovery_token",
+        "phone_change_token",
+        "email_verification",
+    }
+    for call in (client.consume(issued[0]), client.verify(started[2]), client.get(started[0])):
+        assert await reason(call) == "TOKEN_NOT_FOUND"
+    assert (await client.consume(other[0])).id == other[0].token.id
+    assert (await client.verify(other[1])).state == STATE_USED
+    assert len(before["public.users"]) + 1 == len(after["public.users"])
+    again = await client.admin.PurgeUser(pb.PurgeUserRequest(user_id=user_id))
+    assert (again.one_time_tokens_count, again.email_verifications_count) == (0, 0)
+
+
+async def test_unlock(client: Client, database: Database) -> None:
+    """Wrong codes and sends are forgotten, of that user and that purpose only."""
+    user_id = new_id()
+    issued, started = await client.issue(), await client.start()
+    for token_type in (ott.TOKEN_TYPE_RECOVERY, ott.TOKEN_TYPE_REAUTHENTICATION):
+        for _ in range(5):
+            issued = await client.issue(user_id, token_type, digits=6)
+            for _ in range(2):
+                assert await reason(client.check(issued, wrong(issued.secret))) == "CODE_MISMATCH"
+        assert await reason(client.check(issued)) == "TOO_MANY_FAILURES"
+        assert await reason(client.issue(user_id, token_type)) == "TOO_MANY_SENDS"
+    for _ in range(5):
+        started = await client.start(user_id)
+        for _ in range(2):
+            assert await reason(client.verify(started, wrong(started.code))) == "CODE_MISMATCH"
+    assert await reason(client.verify(started)) == "TOO_MANY_FAILURES"
+
+    request = pb.UnlockSubjectRequest(user_id=user_id, token_type=pb.UnlockSubjectRequest.TOKEN_TYPE_REAUTHENTICATION)
+    assert (await client.admin.UnlockSubject(request)).forgotten_failures_count == 10
+    assert (await client.check(issued)).user_id == user_id
+    await client.issue(user_id, ott.TOKEN_TYPE_REAUTHENTICATION)
+    assert await reason(client.issue(user_id, ott.TOKEN_TYPE_RECOVERY)) == "TOO_MANY_SENDS"
+    assert await reason(client.verify(started)) == "TOO_MANY_FAILURES"
+
+    request = pb.UnlockSubjectRequest(user_id=user_id, email_verification=pb.EmailVerificationPurpose())
+    assert (await client.admin.UnlockSubject(request)).forgotten_failures_count == 10
+    assert (await client.verify(started)).state == STATE_USED
+    assert (await client.admin.UnlockSubject(request)).forgotten_failures_count == 0
+    # The rows stay, as long as tokens may live that were issued under them.
+    rows = database.execute("select cardinality(sends) as sends from onetime.budgets where user_id = %s", [user_id])
+    assert sorted(row["sends"] for row in rows) == [1, 2, 5]
+
+
+async def test_unlock_does_not_refill_a_token(client: Client) -> None:
+    """A token on which too many wrong codes were tried stays refused."""
+    issued = await client.issue(digits=6)
+    for _ in range(5):
+        await refused(client.consume(issued, wrong(issued.secret)))
+    await client.admin.UnlockSubject(
+        pb.UnlockSubjectRequest(user_id=issued.token.user_id, token_type=pb.UnlockSubjectRequest.TOKEN_TYPE_RECOVERY)
+    )
+    assert await reason(client.consume(issued)) == "ATTEMPTS_EXHAUSTED"
+
+
+async def test_bad_requests(client: Client, database: Database) -> None:
+    """Every fault is told, and nothing changes."""
+    await client.start((await client.issue()).token.user_id)
+    before = contents(database)
+    refusal = await refused(client.admin.PurgeUser(pb.PurgeUserRequest(user_id="ada")))
+    assert refusal.violations.keys() == {"user_id"}
+    refusal = await refused(client.admin.UnlockSubject(pb.UnlockSubjectRequest()))
+    assert refusal.violations.keys() == {"user_id", "purpose"}
+    request = pb.UnlockSubjectRequest(user_id=new_id(), token_type=pb.UnlockSubjectRequest.TOKEN_TYPE_UNSPECIFIED)
+    assert (await refused(client.admin.UnlockSubject(request))).violations.keys() == {"token_type"}
+    assert contents(database) == before
