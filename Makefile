@@ -22,7 +22,7 @@ COMPILE := $(UV) pip compile --quiet --no-config --universal --python-version 3.
 # Wanted on Windows only, where uvloop does not run.
 EXCLUDED := colorama tzdata
 
-.PHONY: help serve test check generate lock clean
+.PHONY: help serve test fuzz timing check generate lock clean
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1	\2/p' Makefile | expand -t 18
 
@@ -31,6 +31,12 @@ serve: .venv/.project ## run the service on an embedded PostgreSQL, for trying i
 
 test: .venv/.project ## run the tests (ARGS='-k ...')
 	@$(PY) -m pytest $(ARGS)
+
+fuzz: .venv/.project ## send a million hostile requests to a server, for half an hour (ARGS='--requests 100000 --seed 7')
+	@$(PY) tests/fuzz.py $(ARGS)
+
+timing: .venv/.project ## measure whether the time of an answer tells an unknown subject from a wrong code (ARGS='--calls ...')
+	@$(PY) tests/timing.py $(ARGS)
 
 check: check-lint check-format check-types check-layers check-sources check-packages check-protos check-dockerfile check-shell ## hold the sources against every rule that a tool can check
 

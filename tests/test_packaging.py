@@ -415,11 +415,11 @@ def test_make_tells_its_targets(checkout: Path) -> None:
     done = make(checkout)
     assert done.returncode == 0, done.stderr
     listed = re.findall(r"^  make (\w+) +\S", done.stdout, re.MULTILINE)
-    assert listed == ["help", "serve", "test", "check", "generate", "lock", "clean"]
+    assert listed == ["help", "serve", "test", "fuzz", "timing", "check", "generate", "lock", "clean"]
     assert not (checkout / ".venv").exists()
 
 
-@pytest.mark.parametrize("target", ["serve", "test", "check", "generate", "lock", "clean"])
+@pytest.mark.parametrize("target", ["serve", "test", "fuzz", "timing", "check", "generate", "lock", "clean"])
 def test_make_can_tell_what_it_would_do(checkout: Path, target: str) -> None:
     """`make -n` prints the commands of a target and runs none."""
     done = make(checkout, "-n", target)
