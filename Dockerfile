@@ -3,10 +3,11 @@
 #   docker build --tag onetime .
 #   docker run --rm --env-file onetime.env --volume ./keys:/etc/onetime:ro onetime migrate
 #   docker run --read-only --cap-drop ALL --env-file onetime.env --volume ./keys:/etc/onetime:ro \
-#     --network container:backend onetime serve --insecure-loopback
+#     --publish 50051:50051 onetime
 #
-# It writes no file, so the root file system may be read-only. It listens on loopback only until callers are identified:
-# let it share the network of the backend that uses it, in a pod or as above. `serve` alone does not start.
+# It writes no file, so the root file system may be read-only. The files that onetime.env names (keys, policy, certificate)
+# lie in the volume, and are read again when they change. Where callers show certificates, set ONETIME_HEALTH_LISTEN for the
+# health check below. For one backend alone: `--network container:backend onetime serve --insecure-loopback`.
 #
 # The base image is pinned by tag and digest: the index, for all platforms, of October 2026. The digest is the one that
 # public projects pin for this tag; it could not be pulled where this was written. To renew it:

@@ -14,9 +14,13 @@ import pytest
 from conftest import clean_environment, free_port
 from google.protobuf.descriptor import FileDescriptor
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from onetime.v1 import one_time_tokens_pb2
 
 from service import config
+from service.app import SERVICES
+from service.callers import Callers, Contract
 from service.errors import OnetimeError
+from service.fields import STORED_TYPES
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -229,6 +233,30 @@ def code_of(text: str) -> list[str]:
     """Return the code in a document: its fenced blocks and what stands in backticks."""
     spans = re.sub(r"^ *```.*?^ *```$", "", text, flags=re.MULTILINE | re.DOTALL)
     return fences(text) + quoted(spans)
+
+
+def test_the_policy_that_readme_shows_is_right() -> None:
+    """The policy in README is one that a server takes."""
+    (shown,) = fences((ROOT / "README.md").read_text("utf-8"), "toml")
+    types = {one_time_tokens_pb2.TokenType.Name(number): label for number, label in STORED_TYPES.items()}
+    callers = Callers(shown.encode(), Contract.of(SERVICES, types), certificates=True)
+    assert set(callers.names()) == {"spiffe://example.org/accounts", "signup"}
+
+
+def test_each_promise_has_tests_that_exist() -> None:
+    """docs/security.md names a test for each promise, and each of them is there."""
+    text = (ROOT / "docs" / "security.md").read_text("utf-8")
+    promises = re.findall(r"^\| (.+?) \| ((?:`test_\w+\.py::\w+` ?)+)\|$", text, re.MULTILINE)
+    assert len(promises) > 15
+    assert len(promises) == text.partition("## Promises")[2].partition("## ")[0].count("\n|") - 2
+    named = set(re.findall(r"`(test_\w+\.py)::(\w+)`", text))
+    missing = {
+        (file, name)
+        for file, name in named
+        if f"def {name}("
+        not in ((ROOT / "tests" / file).read_text("utf-8") if (ROOT / "tests" / file).exists() else "")
+    }
+    assert missing == set()
 
 
 def test_documents_name_only_targets_that_make_has() -> None:
