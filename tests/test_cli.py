@@ -736,4 +736,4 @@ async def test_a_token_is_good_until_its_key_is_retired(serve: Serve, migrated_u
         with pytest.raises(grpc.RpcError):
             await asyncio.to_thread(consume, server.target, under_new)
     text = await asyncio.to_thread(done, "doctor", database_url=migrated_url, keys_file=keys_file)
-    assert f"1 row made under key {new}" in text
+    assert f"1 live token made under key {new}" in text
