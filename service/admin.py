@@ -3,6 +3,7 @@
 The use cases, from a checked request to the statements of `sql/admin.sql`. Who may call is the policy's business.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 from uuid import UUID
@@ -37,9 +38,12 @@ class Admin(pb_grpc.AdminServiceServicer):
 
         about(user_id=user_id)
         params: Params = {"user_ids": [user_id]}
-        row = await self._database.run(partial(_change, "purge_users", params))
+        statements = ("purge_receipts", "lock_users", "purge_tokens", "purge_verifications")
+        *_, (tokens,), (verifications,) = await self._database.run(
+            partial(_commit, [(_QUERIES[name], params) for name in statements])
+        )
         return pb.PurgeUserResponse(
-            one_time_tokens_count=row["one_time_tokens"], email_verifications_count=row["email_verifications"]
+            one_time_tokens_count=tokens["purged"], email_verifications_count=verifications["purged"]
         )
 
     async def UnlockSubject(self, request: pb.UnlockSubjectRequest, context: Context) -> pb.UnlockSubjectResponse:
@@ -71,11 +75,9 @@ async def unlock(database: Database, user_id: UUID, purpose: str) -> int:
         DatabaseUnavailable: Nothing happened.
     """
     params: Params = {"user_ids": [user_id], "purposes": [purpose]}
-    row = await database.run(partial(_change, "unlock_subjects", params))
-    return int(row.get("failures_in_a_row", 0))
+    (rows,) = await database.run(partial(_commit, [(_QUERIES["unlock_subjects"], params)]))
+    return int(rows[0]["failures_in_a_row"]) if rows else 0
 
 
-async def _change(query: str, params: Params, transaction: Transaction) -> dict[str, Any]:
-    """Run one statement and commit it; return its row, or an empty one."""
-    ((*rows,),) = await transaction.commit((_QUERIES[query], params))
-    return rows[0] if rows else {}
+async def _commit(statements: Sequence[tuple[str, Params]], transaction: Transaction) -> list[list[dict[str, Any]]]:
+    return await transaction.commit(*statements)

@@ -97,21 +97,22 @@ async def serve(
     settings: Settings,
     *,
     plain_text: bool,
-    reflect: bool,
     migrate: bool,
     on_ready: Callable[[str], None] = lambda _: None,
+    on_lost: Callable[[], None] = lambda: None,
 ) -> None:
     """Serve until the first SIGINT or SIGTERM, then let calls under way end; a second signal ends at once.
 
     Args:
         settings: Checked settings.
         plain_text: Whether to serve whoever comes, in plain text. Otherwise callers are identified.
-        reflect: Whether to offer server reflection, so that grpcurl needs no protos.
         migrate: Whether to migrate the database first. Otherwise it must be up to date.
         on_ready: Called with the address as soon as calls are served.
+        on_lost: Called when gRPC can serve no more in this process. It need not return.
 
     Raises:
-        StartError: The database is not to be had, or would lose what it acknowledged; or the address is taken.
+        StartError: The database is not to be had, or would lose what it acknowledged; or the address is taken; or
+            gRPC can serve no more.
         MigrationRefused: The database is not as `migrate` needs it.
         SettingsError: Keys, policy or certificate are not to be had, or not right.
     """
@@ -154,7 +155,7 @@ async def serve(
             (admin_pb2_grpc.add_AdminServiceServicer_to_server, Admin(database)),
             (health_pb2_grpc.add_HealthServicer_to_server, health_servicer),
         )
-        server, accepting = await _start_server(settings, files, servicers, reflect=reflect)
+        server, accepting = await _start_server(settings, files, servicers)
         changes = asyncio.create_task(reload.watch(files.watched, certificate))
         stack.push_async_callback(_cancelled, changes)
         watch = asyncio.create_task(_watch_database(database, health_servicer, ["", *names]))
@@ -162,14 +163,12 @@ async def serve(
         on_ready(settings.listen)
         _LOG.info("serving", extra={"listen": settings.listen})
 
-        while await _ended_before(accepting, stop):
+        if await _ended_before(accepting, stop):
             # A request that gRPC's own code cannot read, such as one whose path is not UTF-8, ends its loop (grpcio
-            # 1.85.1), before any code of ours sees it: calls under way are lost, and without this all later ones too.
-            _LOG.error(
-                "gRPC has stopped taking calls, and is started again", extra={"error": str(accepting.exception())}
-            )
-            metrics.SERVER_RESTARTS.inc()
-            server, accepting = await _start_server(settings, files, servicers, reflect=reflect)
+            # 1.85.1), before any code of ours sees it. A second loop in this process crashes Python under load.
+            _LOG.critical("gRPC has stopped taking calls", extra={"error": str(accepting.exception())})
+            on_lost()
+            raise StartError("gRPC has stopped taking calls, and only a new process can take them; start it again")
         _LOG.info("draining")
         watch.cancel()
         await health_servicer.enter_graceful_shutdown()
@@ -181,7 +180,7 @@ async def serve(
 
 
 async def _start_server(
-    settings: Settings, files: "Files", servicers: Iterable[tuple[Callable[..., None], object]], *, reflect: bool
+    settings: Settings, files: "Files", servicers: Iterable[tuple[Callable[..., None], object]]
 ) -> tuple[grpc.aio.Server, asyncio.Task[Any]]:
     """Start a server, and return it with gRPC's task that takes calls, which is not to be had otherwise.
 
@@ -199,9 +198,8 @@ async def _start_server(
     )
     for add, servicer in servicers:
         add(servicer, server)
-    if reflect:
-        described = [service.full_name for service in (*SERVICES, *_BESIDE)]
-        reflection.enable_server_reflection(described, server)
+    # So that grpcurl needs no protos. Callers are identified before it answers.
+    reflection.enable_server_reflection([service.full_name for service in (*SERVICES, *_BESIDE)], server)
     _bind(server, "listen", settings.listen, files.certificate.credentials() if files.certificate else None)
     if settings.health_listen:
         # Nobody can be identified there, so `interceptors.identify` lets nothing but health through.

@@ -55,7 +55,7 @@ def refuse_failures(settings: Settings, budget: Mapping[str, Any]) -> None:
         # NIST SP 800-63B asks for an end after 100 in a row. Doubling, for each one beyond, comes close to it, and an
         # owner who was attacked is not locked out for ever.
         doubled = settings.stop_time * 2 ** min(beyond, 16)
-        ends.append(failures[-1] + min(doubled, max(settings.longest_stop, settings.stop_time)))
+        ends.append(failures[-1] + min(doubled, settings.longest_stop))
     seconds = _seconds_until(ends, budget["now"])
     if seconds > 0:
         raise TooManyFailures(seconds)

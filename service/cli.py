@@ -219,7 +219,8 @@ def dev(**options: str | None) -> None:
             if not keys_file.exists():
                 _write_keys(keys_file, Keyring([new_key()]).format(), replace=False)
         ready = settings.model_copy(update={"database_url": url, "keys_file": keys_file})
-        _run_server(ready, plain_text=True, migrate=True, on_ready=lambda target: _greet(ready, target))
+        # Not become a new process if gRPC can serve no more: the database is this one's.
+        _run_server(ready, plain_text=True, migrate=True, on_ready=lambda target: _greet(ready, target), daemon=False)
 
 
 def _end(number: int, frame: object) -> Never:
@@ -313,18 +314,30 @@ def serve(*, insecure_loopback: bool, migrates: bool, **options: str | None) -> 
     require = ("database_url", "keys", *(() if insecure_loopback else IDENTIFYING))
     settings = _load(options, require=require, plain_text=insecure_loopback)
     logs.configure(settings.log_level.upper(), sys.stderr)
-    _run_server(settings, plain_text=insecure_loopback, migrate=migrates, on_ready=lambda _: None)
+    _run_server(settings, plain_text=insecure_loopback, migrate=migrates, on_ready=lambda _: None, daemon=True)
 
 
-def _run_server(settings: Settings, *, plain_text: bool, migrate: bool, on_ready: Callable[[str], None]) -> None:
-    """Serve until a signal."""
+def _run_server(
+    settings: Settings, *, plain_text: bool, migrate: bool, on_ready: Callable[[str], None], daemon: bool
+) -> None:
+    """Serve until a signal. A daemon outlives its terminal, and starts again where it can serve no more."""
     # gRPC alone takes as long to import as the rest: the other commands do without.
     from service import app  # noqa: PLC0415
 
+    def hang_up() -> None:
+        # To a daemon it means "read your files again", which is done when they change.
+        if not daemon:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def start_again() -> None:
+        """Become a new process, of the same number, with the same arguments and environment."""
+        if daemon:
+            sys.stderr.flush()
+            os.execv(sys.executable, sys.orig_argv)  # noqa: S606 - no shell, and our own arguments
+
     async def run() -> None:
-        # A closed terminal ends it as SIGTERM does.
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, os.kill, os.getpid(), signal.SIGTERM)
-        await app.serve(settings, plain_text=plain_text, reflect=True, migrate=migrate, on_ready=on_ready)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, hang_up)
+        await app.serve(settings, plain_text=plain_text, migrate=migrate, on_ready=on_ready, on_lost=start_again)
 
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

@@ -508,6 +508,17 @@ class Settings(BaseSettings):
             )
         return value
 
+    @field_validator("longest_stop")
+    @classmethod
+    def _no_shorter_than_a_stop(cls, value: timedelta, info: ValidationInfo) -> timedelta:
+        stop_time = info.data.get("stop_time", value)
+        if value < stop_time:
+            raise _WrongError(
+                f"{format_duration(value)} is shorter than stop_time, {format_duration(stop_time)}: lengthen this one"
+                " or shorten the other"
+            )
+        return value
+
     @field_validator(*(f"{purpose}_lifetime" for purpose in _PURPOSES.values()))
     @classmethod
     def _within_ceiling(cls, value: timedelta, info: ValidationInfo) -> timedelta:

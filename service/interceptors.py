@@ -315,24 +315,31 @@ def identify(callers: Callers | None) -> Interceptor:
 def admit(limit: int) -> Interceptor:
     """Make the interceptor that bounds the calls under way, streams included, and shares the room among callers."""
     places = Places(limit)
+    watches = Places(limit)
     metrics.CALLS_UNDER_WAY.set_function(places.taken)
 
     async def admit(call: ServedCall, proceed: Proceed) -> Answer:
         """Refuse a call at once where there is no room, or where its caller has its share of it.
 
-        Not health's: it is cheap, and a server that is busy must not look like one that is dead.
+        Health is open to all, and a server that is busy must not look like one that is dead: its checks are free. Its
+        watches are held open by whoever likes, so they have room of their own, shared among the hosts that they come
+        from.
         """
-        if call.service == HEALTH:
+        if call.service != HEALTH:
+            room, holder = places, call.caller
+        elif call.kind == UNARY:
             return await proceed(call)
-        places.take(call.caller)
+        else:
+            room, holder = watches, call.peer.rpartition(":")[0]
+        room.take(holder)
         try:
             return await proceed(call)
         finally:
             if call.unheard is None:
-                places.give_back(call.caller)
+                room.give_back(holder)
             else:
                 # Otherwise a caller that hangs up at once could start any number of transactions.
-                call.unheard.add_done_callback(lambda _: places.give_back(call.caller))
+                call.unheard.add_done_callback(lambda _: room.give_back(holder))
 
     return admit
 

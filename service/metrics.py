@@ -51,9 +51,6 @@ CLEANUP_RUNS: Final = Counter("onetime_cleanup_runs", "Runs of the clean-up.", (
 CALLS_UNDER_WAY: Final = Gauge(
     "onetime_calls_under_way", "Calls that count against max_concurrent_calls.", registry=REGISTRY
 )
-SERVER_RESTARTS: Final = Counter(
-    "onetime_server_restarts", "Times that gRPC has stopped taking calls and was started again.", registry=REGISTRY
-)
 ARGON2_HASHES: Final = Counter("onetime_argon2_hashes", "Argon2 hashes made and checked.", registry=REGISTRY)
 ARGON2_BUSY: Final = Gauge("onetime_argon2_busy", "Threads that make an Argon2 hash.", registry=REGISTRY)
 ARGON2_QUEUED: Final = Gauge("onetime_argon2_queued", "Codes that wait for such a thread.", registry=REGISTRY)

@@ -9,12 +9,12 @@ the code is right. Between the two no connection and no lock is held, since Argo
 """
 
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import grpc.aio
 from onetime.v1 import one_time_tokens_pb2 as pb
@@ -44,6 +44,7 @@ _QUERIES = load_queries("one_time_tokens")
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Row = Mapping[str, Any]
+T = TypeVar("T")
 
 _USER_ONLY_TYPES: Final = (pb.TOKEN_TYPE_EMAIL_CHANGE_NEW, pb.TOKEN_TYPE_PHONE_CHANGE)
 """The address of these is one that the user only claims: anybody may have claimed it."""
@@ -241,17 +242,20 @@ class OneTimeTokens(pb_grpc.OneTimeTokenServiceServicer):
         judged = await self._compare(intent, credential)
         row = _existing(judged.row)
         right = [budgets.end_run(_spender(row), judged.charged_at), (_QUERIES["refund_codes"], _code_params(row))]
-        await self._database.run(partial(_commit, right))
+        await self._undoing(intent, judged, self._database.run(partial(_commit, right)))
         return row
 
     async def _consume_code(self, intent: Intent, credential: _CodeCredential) -> pb.ConsumeTokenResponse:
         judged = await self._compare(intent, credential)
         if judged.earlier_answer is not None:
             return pb.ConsumeTokenResponse.FromString(judged.earlier_answer)
+        return await self._undoing(intent, judged, self._database.run(partial(self._spend_code, intent, judged)))
+
+    async def _undoing(self, intent: Intent, judged: _Judged, work: Awaitable[T]) -> T:
+        """Do what follows a right code; if nothing came of it, the failure is ours, and the charge is given back."""
         try:
-            return await self._database.run(partial(self._spend_code, intent, judged))
+            return await work
         except DatabaseUnavailable:
-            # The code was right, and the failure is ours.
             with suppress(DatabaseUnavailable, OutcomeUnknown):
                 await self._database.run(partial(_commit, self._undo(intent, judged)))
             raise

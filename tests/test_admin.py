@@ -1,9 +1,23 @@
 """AdminService: what operators and support do to a user as a whole."""
 
-from collections.abc import AsyncIterator, Iterator
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Iterator
 
 import pytest
-from calls import Client, Database, connected, contents, new_id, open_channel, reason, refused, serving, wrong
+from calls import (
+    Client,
+    Database,
+    connected,
+    contents,
+    ended,
+    new_id,
+    open_channel,
+    reason,
+    refused,
+    serving,
+    until,
+    wrong,
+)
 from conftest import PostgresServer
 from onetime.v1 import admin_pb2 as pb
 from onetime.v1 import one_time_tokens_pb2 as ott
@@ -85,6 +99,64 @@ async def test_purge(client: Client, database: Database) -> None:
     assert len(before["public.users"]) + 1 == len(after["public.users"])
     again = await client.admin.PurgeUser(pb.PurgeUserRequest(user_id=user_id))
     assert (again.one_time_tokens_count, again.email_verifications_count) == (0, 0)
+
+
+async def test_purge_takes_what_is_replaced_meanwhile(client: Client, database: Database) -> None:
+    """A token that is issued anew while PurgeUser waits for it goes too: an address of the user must not stay."""
+    issued = await client.issue()
+    user_id = issued.token.user_id
+    with database.transaction():
+        # As IssueToken does it.
+        database.execute("select from onetime.budgets where user_id = %s for update", [user_id])
+        database.execute("update auth.one_time_tokens set id = gen_random_uuid() where user_id = %s", [user_id])
+        database.execute(
+            "update onetime.one_time_token_states as s set token_id = t.id from auth.one_time_tokens as t"
+            " where t.user_id = s.user_id and s.user_id = %s",
+            [user_id],
+        )
+        purge = asyncio.ensure_future(client.admin.PurgeUser(pb.PurgeUserRequest(user_id=user_id)))
+        with connected(database.info.dsn) as observer:
+            waiting = "select from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'"
+            await until(lambda: bool(observer.execute(waiting).fetchall()))
+    assert (await purge).one_time_tokens_count == 1
+    for table in ("auth.one_time_tokens", "onetime.one_time_token_states"):
+        assert database.execute(f"select from {table} where user_id = %s", [user_id]).rowcount == 0
+
+
+async def test_purges_and_calls_at_once(client: Client, database: Database, postgres_18: PostgresServer) -> None:
+    """PurgeUser among calls of every kind about the same user: nothing fails, and no two wait for each other."""
+    start = postgres_18.log.stat().st_size
+    for _ in range(8):
+        user_id = new_id()
+        code, link = await client.issue(user_id, digits=6), await client.issue(user_id, ott.TOKEN_TYPE_CONFIRMATION)
+        started = await client.start(user_id)
+        calls: list[Awaitable[object]] = []
+        for number in range(5):
+            calls += [
+                client.consume(code, request_id=new_id()),
+                client.consume(code, wrong(code.secret, by=number + 1), request_id=new_id()),
+                client.consume(link, request_id=new_id()),
+                client.verify(started, request_id=new_id()),
+                client.verify(started, wrong(started.code), request_id=new_id()),
+                client.admin.PurgeUser(pb.PurgeUserRequest(user_id=user_id)),
+                client.issue(user_id, digits=6, request_id=new_id()),
+            ]
+        ends = await asyncio.gather(*(ended(call) for call in calls))
+        assert set(ends) <= {
+            "OK",
+            "TOKEN_NOT_FOUND",
+            "TOKEN_USED",
+            "CODE_MISMATCH",
+            "ATTEMPTS_EXHAUSTED",
+            "TOO_MANY_FAILURES",
+            "TOO_MANY_SENDS",
+        }
+        await client.admin.PurgeUser(pb.PurgeUserRequest(user_id=user_id))
+        for table in ("auth.one_time_tokens", "onetime.one_time_token_states", "public.email_verification_tokens"):
+            assert database.execute(f"select from {table} where user_id = %s", [user_id]).rowcount == 0
+    with postgres_18.log.open("rb") as log:
+        log.seek(start)
+        assert b"deadlock detected" not in log.read()
 
 
 async def test_unlock(client: Client, database: Database) -> None:

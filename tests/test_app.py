@@ -13,6 +13,7 @@ from conftest import Serve, clean_environment, free_port
 from onetime.v1 import email_verification_pb2 as ev
 from psycopg import sql
 
+from service.db import Database
 from service.devdb import embedded_postgres
 
 GRANTS = (
@@ -112,6 +113,20 @@ def test_a_database_that_cannot_be_trusted_is_refused(setting: str, data_dir: Pa
                 connection.execute("alter role onetime set default_transaction_read_only = on")
         told = refused(url, keys_file)
     assert ("it takes no writes" if value == "on" else f"{setting} is off: set it on") in told
+
+
+@pytest.mark.parametrize(("given", "held"), [("off", "on"), ("local", "on"), ("remote_apply", "remote_apply")])
+async def test_commits_are_on_disk_whatever_the_database_says(migrated_url: str, given: str, held: str) -> None:
+    """A default that would lose acknowledged tokens in a crash does not hold for the service; a stricter one does."""
+    with psycopg.connect(migrated_url, autocommit=True) as connection:
+        name = sql.Identifier(connection.info.dbname)
+        connection.execute(sql.SQL("alter database {} set synchronous_commit = {}").format(name, sql.Literal(given)))
+    database = Database(migrated_url, pool_size=1)
+    await database.open()
+    try:
+        assert await database.fetch("show synchronous_commit", {}) == [{"synchronous_commit": held}]
+    finally:
+        await database.close()
 
 
 async def test_a_taken_address_is_told(serve: Serve, migrated_url: str, keys_file: Path) -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
-from calls import Client, Database, connected, new_id, open_channel, reason, refused, serving, wrong
+from calls import Client, Database, connected, new_id, open_channel, reason, refused, serving, until, wrong
 from conftest import PostgresServer, Serve
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from onetime.v1 import one_time_tokens_pb2 as ott
 from onetime.v1.email_verification_pb2 import STATE_USED
@@ -118,6 +118,10 @@ def waited(refuse: Callable[[Settings, Mapping[str, Any]], None], **row: object)
 
 
 @given(past)
+@example([NOW - MINUTE] * 10)  # just full, one after the other: chance hardly ever makes these
+@example([NOW - 20 * MINUTE] * 50)
+@example([NOW - MINUTE] * 5)
+@example([NOW - 20 * MINUTE] * 20)
 def test_windows_slide(times: list[datetime]) -> None:
     """Refused exactly while one of the windows is full, for as long as the fuller one is."""
     full = max(naive_wait(times, 10, 15 * MINUTE), naive_wait(times, 50, DAY))
@@ -518,3 +522,28 @@ async def test_clean_up_takes_only_what_bounds_nothing(postgres_18: PostgresServ
         database.execute("update onetime.budgets set failures_in_a_row = 0")
         assert (await sweep_all(week, lambda _, __: None))["onetime.budgets"] == 0
         assert (await sweep_all(Settings(database_url=url), lambda _, __: None))["onetime.budgets"] == len(left)
+
+
+async def test_a_budget_that_is_cleaned_away_while_it_is_asked_for(client: Client, database: Database) -> None:
+    """A clean-up that removes an old budget as a call comes for it: the call makes a new one."""
+    user_id = new_id()
+    for call, purpose in ((client.issue, "recovery_token"), (client.start, "email_verification")):
+        await call(user_id)
+        with database.transaction():
+            removed = database.execute(
+                "delete from onetime.budgets where user_id = %s and purpose = %s", [user_id, purpose]
+            )
+            assert removed.rowcount == 1
+            waiting = asyncio.ensure_future(call(user_id))
+            with connected(database.info.dsn) as observer:
+                await until(lambda observer=observer: _waits_for_a_lock(observer))  # type: ignore[misc]
+        await waiting
+        assert counted(database, user_id, purpose) == (0, 0, 1)
+
+
+def _waits_for_a_lock(database: Database) -> bool:
+    return bool(
+        database.execute(
+            "select from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'"
+        ).fetchall()
+    )

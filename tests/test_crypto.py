@@ -1,3 +1,4 @@
+import ast
 import base64
 import collections
 import dataclasses
@@ -7,6 +8,7 @@ import re
 import string
 import uuid
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Final
 
 import pytest
@@ -31,6 +33,8 @@ from service.crypto import (
     new_key,
     new_link_secret,
 )
+
+SERVICE: Final = Path(__file__).parent.parent / "service"
 
 PROPERTY: Final = settings(deadline=None, database=None, max_examples=100, suppress_health_check=[HealthCheck.too_slow])
 
@@ -225,6 +229,20 @@ def test_equal() -> None:
     assert not equal("012345", "012346")
     assert not equal("012345", "0123456")
     assert not equal("", "0")
+
+
+@pytest.mark.parametrize(
+    ("module", "function"),
+    [("crypto", "equal"), ("crypto", "matches"), ("crypto", "same_fingerprint"), ("email_verification", "_verify")],
+)
+def test_secrets_are_compared_in_constant_time(module: str, function: str) -> None:
+    """What compares secrets does so by `compare_digest`. Read from the source: no test's clock is fine enough."""
+    tree = ast.parse((SERVICE / f"{module}.py").read_text("utf-8"))
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
+    (body,) = (node for node in ast.walk(tree) if isinstance(node, kinds) and node.name == function)
+    called = {ast.unparse(node.func) for node in ast.walk(body) if isinstance(node, ast.Call)}
+    assert called & {"hmac.compare_digest", "equal"}
+    assert not [ast.unparse(node) for node in ast.walk(body) if isinstance(node, (ast.Eq, ast.NotEq))]
 
 
 # Links and email tokens

@@ -10,7 +10,7 @@ import grpc
 import grpc.aio
 import pytest
 from calls import Client, connected, new_id, open_channel, serving
-from conftest import OnetimeServer, PostgresServer
+from conftest import OnetimeServer, PostgresServer, wait_until_serving
 from fuzz import MARK, PRIVATE, Judge, Sent
 from onetime.v1 import one_time_tokens_pb2 as ott
 
@@ -84,14 +84,34 @@ async def test_a_header_that_is_not_utf8(server: OnetimeServer) -> None:
 
 
 async def test_a_path_that_is_not_utf8(server: OnetimeServer) -> None:
-    """A call whose path is not UTF-8 ends gRPC's loop, and nobody's service: it goes on within a moment, each time."""
-    for _ in range(3):
-        await send_bare(server, fuzz.call_headers(b"/\xff\xfe"))
-        async with server.channel() as channel:
-            await Client(channel).tokens.ListTokens(
-                ott.ListTokensRequest(user_id=new_id()), wait_for_ready=True, timeout=20
-            )
-    assert server.log.read_text("utf-8").count("is started again") == 3
+    """A call whose path is not UTF-8 ends gRPC's loop, and nobody's service: under load too, it is back each time."""
+    pid = server.process.pid
+    ended: list[grpc.StatusCode] = []
+
+    async def call_on_and_on(client: Client) -> None:
+        while True:
+            try:
+                await client.list(new_id())
+            except grpc.aio.AioRpcError as error:
+                ended.append(error.code())
+                await asyncio.sleep(0.01)
+
+    async with server.channel() as channel:
+        callers = [asyncio.create_task(call_on_and_on(Client(channel))) for _ in range(16)]
+        try:
+            for _ in range(4):
+                await asyncio.sleep(0.5)
+                await send_bare(server, fuzz.call_headers(b"/\xff\xfe"))
+                await wait_until_serving(server)
+        finally:
+            for caller in callers:
+                caller.cancel()
+            await asyncio.gather(*callers, return_exceptions=True)
+    assert (server.process.pid, server.process.returncode) == (pid, None)
+    log = server.log.read_text("utf-8")
+    assert log.count('"event":"gRPC has stopped taking calls"') == 4
+    assert log.count('"event":"serving"') == 5
+    assert set(ended) <= {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.RESOURCE_EXHAUSTED}
 
 
 def test_requests_follow_from_the_seed() -> None:

@@ -506,6 +506,7 @@ async def test_address_means_its_newest_live_code(coder: Client, database: Datab
 async def test_address_in_any_writing(coder: Client) -> None:
     """The subject is brought to the form that is stored, and what is returned is what is stored."""
     issued = await coder.issue(digits=6, relates_to="\u00c9va.K\u030a@Example.org")
+    assert issued.token.relates_to == "\u00e9va.k\u030a@example.org"
     request = consume_request(issued, by_address=True)
     request.code.relates_to = " E\u0301VA.k\u030a@EXAMPLE.ORG\n"
     token = (await coder.tokens.ConsumeToken(request)).token
@@ -648,10 +649,45 @@ async def test_want_of_memory_is_no_wrong_code(serve: Serve, migrated_url: str, 
                 calls = (client.consume(issued, secret, request_id=again) for _ in range(8))
                 assert set(await asyncio.gather(*map(reason, calls))) == {"OVERLOADED"}
                 assert token_row(database, issued)["failed_attempts"] == 3
-                budget = database.execute("select failures, failures_in_a_row from onetime.budgets").fetchall()
+                budget = database.execute(
+                    "select failures, failures_in_a_row from onetime.budgets where user_id = %s", [issued.token.user_id]
+                ).fetchall()
                 assert budget == [{"failures": [], "failures_in_a_row": 0}]
         database.execute(enlarge, ["m=1048576,", "m=64,", issued.token.id])
         assert (await client.consume(issued)).attempts_remaining == 2
+
+
+@pytest.mark.parametrize("how", ["check", "consume"])
+async def test_a_failure_after_the_right_code_costs_nothing(client: Client, database: Database, how: str) -> None:
+    """Where the code was right, and the database fails before anything comes of it, the charge is given back."""
+    issued = await client.issue(digits=6)
+    # Once, and that is not rolled back: the first time that a charge is given back.
+    database.execute("create sequence public.fails_once")
+    database.execute("""
+        create function public.fails_once() returns trigger language plpgsql as $$
+        begin
+          if nextval('public.fails_once') = 1 then
+            raise exception 'made to fail' using errcode = 'lock_not_available';
+          end if;
+          return new;
+        end $$
+    """)
+    database.execute(
+        "create trigger fails_once before update on onetime.budgets for each row"
+        f" when (old.user_id = '{issued.token.user_id}' and cardinality(new.failures) < cardinality(old.failures))"
+        " execute function public.fails_once()"
+    )
+    try:
+        assert await reason((client.check if how == "check" else client.consume)(issued)) == "DATABASE_UNAVAILABLE"
+    finally:
+        database.execute("drop function public.fails_once cascade")
+        database.execute("drop sequence public.fails_once")
+    assert token_row(database, issued)["failed_attempts"] == 0
+    budget = database.execute(
+        "select failures, failures_in_a_row from onetime.budgets where user_id = %s", [issued.token.user_id]
+    ).fetchall()
+    assert budget == [{"failures": [], "failures_in_a_row": 0}]
+    assert (await client.consume(issued)).id == issued.token.id
 
 
 # Keys

@@ -139,6 +139,11 @@ def start(hashing: Hashing, caller: str, work: Callable[[], T]) -> "asyncio.Task
     return as_caller(caller, lambda: asyncio.create_task(run()))
 
 
+async def test_the_event_loop_does_not_hash(make_hashing: Callable[..., Hashing]) -> None:
+    """Other calls are served meanwhile."""
+    assert await start(make_hashing(threads=1, queue=4), "one", threading.get_ident) != threading.get_ident()
+
+
 async def test_callers_take_turns(make_hashing: Callable[..., Hashing]) -> None:
     """A caller with one code waits for no more than one code of each other caller."""
     hashing, gate = make_hashing(threads=1, queue=200), Gate()
@@ -285,6 +290,39 @@ async def test_health_is_always_admitted() -> None:
     assert callers.admitted["anonymous"] == 100
     assert await callers.end(health_calls) == {bytes: 100}
     assert await callers.end(tasks) == {bytes: 5, Overloaded: 15}
+
+
+async def test_watches_of_health_are_bounded(serve: Serve, migrated_url: str) -> None:
+    """Whoever likes may hold watches of health open, and not more than there is room for; checks and calls go on."""
+    async with serve(migrated_url, max_concurrent_calls=10) as server, server.channel() as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        request = health_pb2.HealthCheckRequest()
+        watches = [stub.Watch(request) for _ in range(8)]  # type: ignore[attr-defined] # its stubs leave it out
+        for watch in watches:
+            assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
+
+        async def one_more() -> None:
+            watch = stub.Watch(request)  # type: ignore[attr-defined] # as above
+            async for _ in watch:
+                watch.cancel()
+
+        assert await ended(one_more()) == "OVERLOADED"
+        check = stub.Check(request)  # type: ignore[attr-defined] # as above
+        assert (await check).status == health_pb2.HealthCheckResponse.SERVING
+        assert await ended(Client(channel).list(new_id())) == "OK"
+        for watch in watches:
+            watch.cancel()
+        async with asyncio.timeout(TIMEOUT_S):
+            while (end := await _ended_or_cancelled(one_more())) == "OVERLOADED":
+                pass
+        assert end == "CANCELLED"
+
+
+async def _ended_or_cancelled(call: Any) -> str:  # noqa: ANN401 - a coroutine
+    try:
+        return await ended(call)
+    except asyncio.CancelledError:
+        return "CANCELLED"
 
 
 async def test_a_call_that_hung_up_counts_until_its_work_has_ended() -> None:

@@ -723,7 +723,7 @@ def test_nothing_else_spends() -> None:
     stems = [path.stem for path in (ROOT / "service" / "sql").glob("*.sql")]
     statements = {name: text for stem in stems for name, text in load_queries(stem).items()}
     deleting = {name for name, text in statements.items() if "delete from auth.one_time_tokens" in text}
-    assert deleting == {"consume_links", "consume_codes", "revoke_tokens", "sweep_one_time_tokens", "purge_users"}
+    assert deleting == {"consume_links", "consume_codes", "revoke_tokens", "sweep_one_time_tokens", "purge_tokens"}
     using = {name for name, text in statements.items() if re.search(r"set[^;]*\bused_at =", text)}
     assert using == {"use_verifications"}
     assert (
@@ -731,4 +731,4 @@ def test_nothing_else_spends() -> None:
         in statements["use_verifications"]
     )
     removing = {name for name, text in statements.items() if "delete from public.email_verification_tokens" in text}
-    assert removing == {"sweep_email_verification_tokens", "purge_users"}
+    assert removing == {"sweep_email_verification_tokens", "purge_verifications"}

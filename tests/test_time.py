@@ -387,8 +387,10 @@ def test_statements_ask_the_clock() -> None:
             assert not stale, f"{stem}.{name}"
 
 
-def test_no_module_but_the_log_asks_the_time_of_day() -> None:
-    """No decision is made by the application's clock: nobody asks for it, but to write it into the log."""
+def test_no_decision_is_made_by_the_clock_of_the_service() -> None:
+    """Nobody asks for its time, but to write it into the log, and to see whether certificates are of this time."""
     asking = re.compile(r"\btime\.time\(|\bdatetime\.(?:now|utcnow|today|fromtimestamp)\(|\bdate\.today\(|\btime_ns\(")
     found = {path.stem for path in SERVICE.glob("*.py") if asking.search(path.read_text("utf-8"))}
-    assert found <= {"logs"}
+    assert found <= {"logs", "crypto", "reload", "doctor"}
+    # Of `crypto`, only the part on certificates.
+    assert not asking.search((SERVICE / "crypto.py").read_text("utf-8").partition("# Certificates")[0])

@@ -1,37 +1,45 @@
--- What is done to a user as a whole. Every statement takes arrays, an element a user or a subject.
+-- What is done to a user as a whole. Every statement takes arrays, an element a user or a subject. PurgeUser runs the first
+-- four in one transaction, in the order in which everybody locks: receipts, budgets, tokens.
 
--- name: purge_users
--- Delete all of these users' rows from both tables, ours and others', and what belongs to them. Rows are locked in the
--- order that everybody keeps.
-with token as materialized (
-  select t.id, t.user_id
-  from auth.one_time_tokens as t
-  where t.user_id = any (%(user_ids)s::uuid[])
-  order by t.user_id, t.token_type
-  for update of t
-), verification as materialized (
-  select t.id, t.user_id, t.email_verification_token
-  from public.email_verification_tokens as t
-  where t.user_id = any (%(user_ids)s::uuid[]) and (select count(*) from token) >= 0 -- which makes that come first
-  order by t.id
-  for update of t
-), purged_token as (
-  delete from auth.one_time_tokens as t using token as d where t.id = d.id
-), purged_verification as (
-  delete from public.email_verification_tokens as t using verification as d where t.id = d.id
-), token_state as (
-  delete from onetime.one_time_token_states as s where s.user_id = any (%(user_ids)s::uuid[])
-), verification_state as (
-  delete from onetime.email_verification_states as s
-  using verification as d
-  where s.token_hash = d.email_verification_token
-), receipt as (
-  delete from onetime.receipts as r
-  where r.row_id in (select id from token union all select id from verification)
+-- name: purge_receipts
+-- Delete the answers kept for these users' tokens and verifications.
+delete from onetime.receipts as r
+where r.row_id in (
+  select t.id from auth.one_time_tokens as t where t.user_id = any (%(user_ids)s::uuid[])
+  union all
+  select t.id from public.email_verification_tokens as t where t.user_id = any (%(user_ids)s::uuid[])
 )
-select
-  (select count(*) from token) as one_time_tokens,
-  (select count(*) from verification) as email_verifications
+
+-- name: lock_users
+-- Lock all budgets of these users, so that no call about them is under way. They stay.
+select b.user_id, b.purpose
+from onetime.budgets as b
+where b.user_id = any (%(user_ids)s::uuid[])
+order by b.user_id, b.purpose
+for update of b
+
+-- name: purge_tokens
+-- Delete these users' one-time tokens, ours and others', with their states. By user: a token that is replaced meanwhile has
+-- another id.
+with token as (
+  delete from auth.one_time_tokens as t where t.user_id = any (%(user_ids)s::uuid[])
+  returning t.id
+), state as (
+  delete from onetime.one_time_token_states as s where s.user_id = any (%(user_ids)s::uuid[])
+)
+select count(*) as purged from token
+
+-- name: purge_verifications
+-- Delete these users' email verifications, ours and others', with their states.
+with verification as (
+  delete from public.email_verification_tokens as t where t.user_id = any (%(user_ids)s::uuid[])
+  returning t.id, t.email_verification_token
+), state as (
+  delete from onetime.email_verification_states as s
+  using verification as v
+  where s.token_hash = v.email_verification_token
+)
+select count(*) as purged from verification
 
 -- name: unlock_subjects
 -- Forget wrong codes, and sends but for the newest: the row stays as long as a token may live that was issued under it.

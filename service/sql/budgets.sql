@@ -5,12 +5,13 @@
 -- wait for each other in a circle. The times are taken from clock_timestamp(), under that lock, so they stand in order.
 
 -- name: make_budgets
--- See that budgets are there, to be locked: of two calls that are the first for their subject, the second waits here.
+-- See that budgets are there, and lock those that are: of two calls that are the first for their subject, the second waits
+-- here. `do nothing` would lock nothing, and a clean-up could remove an old one before it is looked at.
 insert into onetime.budgets (user_id, purpose)
 select user_id, purpose
 from unnest(%(user_ids)s::uuid[], %(purposes)s::text[]) as r (user_id, purpose)
 order by user_id, purpose
-on conflict (user_id, purpose) do nothing
+on conflict (user_id, purpose) do update set purpose = excluded.purpose where false
 
 -- name: lock_budgets
 -- Lock budgets, and tell how they stand.
@@ -57,7 +58,7 @@ from unnest(
 where b.user_id = r.user_id and b.purpose = r.purpose
 
 -- name: forget_failures
--- A code that came to no verdict, by a failure of ours: take back its charge.
+-- A code that came to no verdict, by a failure of ours: take back its charge, unless it is forgotten already.
 update onetime.budgets as b
 set
   failures = array_remove(b.failures, r.charged_at),
@@ -65,4 +66,4 @@ set
 from unnest(
   %(user_ids)s::uuid[], %(purposes)s::text[], %(charged_ats)s::timestamptz[]
 ) as r (user_id, purpose, charged_at)
-where b.user_id = r.user_id and b.purpose = r.purpose
+where b.user_id = r.user_id and b.purpose = r.purpose and r.charged_at = any (b.failures)

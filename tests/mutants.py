@@ -1,0 +1,736 @@
+"""Broken variants of the service, each with the tests that must catch it.
+
+A test that passes on a broken service is worth nothing, and nobody notices when it becomes one. So the faults that this
+service must never have are kept here, by name: each is what a real system got wrong, or what a hurried change to ours
+would. `test_mutants.py` breaks a copy of the service in each way, and sees the tests fail on it.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+ROOT: Final = Path(__file__).parent.parent
+
+PYTEST: Final = ("pytest", "-x", "-q", "-rfE", "-p", "no:cacheprovider")
+RUFF: Final = ("ruff", "check", "--no-cache", "service")
+
+
+@dataclass(frozen=True, slots=True)
+class Mutant:
+    """One way to break the service."""
+
+    name: str
+    breaks: str
+    """What it breaks."""
+    file: str
+    """Of the folder `service`."""
+    changes: tuple[tuple[str, str], ...]
+    """What stands there, once, and what is put in its place."""
+    tests: tuple[str, ...]
+    """What must catch it: of all the tests that do, the quickest."""
+    command: tuple[str, ...] = PYTEST
+    """What is run with them."""
+
+
+class Outdated(Exception):
+    """A mutant no longer fits the code, and must be adapted, so that it breaks again what it says."""
+
+
+def copy(folder: Path) -> None:
+    """Copy what the tests need into a new folder, from which they import nothing but the copy."""
+    for name in ("service", "tests"):
+        shutil.copytree(ROOT / name, folder / name)
+    shutil.copy(ROOT / "pyproject.toml", folder)
+
+
+def mutate(mutant: Mutant, folder: Path) -> None:
+    """Break the copy in a folder.
+
+    Raises:
+        Outdated: What is to be replaced does not stand there once, or what comes of it is no Python.
+    """
+    path = folder / "service" / mutant.file
+    text = path.read_text("utf-8")
+    for old, new in mutant.changes:
+        if text.count(old) != 1:
+            raise Outdated(f"{mutant.name}: stands {text.count(old)} times in service/{mutant.file}:\n{old}")
+        text = text.replace(old, new)
+    if path.suffix == ".py":
+        try:
+            compile(text, mutant.file, "exec")
+        except SyntaxError as error:
+            raise Outdated(f"{mutant.name}: {error}") from error
+    # Python tells by size and second whether a compiled form is up to date.
+    for compiled in (path.parent / "__pycache__").glob(f"{path.stem}.*.pyc"):
+        compiled.unlink()
+    path.write_text(text, "utf-8")
+
+
+def run(
+    folder: Path, command: Iterable[str], tests: Iterable[str], environment: Mapping[str, str]
+) -> subprocess.CompletedProcess[str]:
+    """Run tests in a copy. Whatever they start imports the copy too: PYTHONPATH goes before what is installed."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    return subprocess.run(
+        [sys.executable, "-m", *command, *tests],
+        cwd=folder,
+        env={**inherited, **environment, "PYTHONPATH": str(folder)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+_GUESSES: Final = "tests/test_races.py::test_guesses_at_once_are_bounded"
+_ONE_OF_MANY: Final = "tests/test_races.py::test_one_of_many_callers_succeeds"
+_WAITING: Final = "tests/test_one_time_tokens.py::test_token_that_expires_while_it_waits_for_a_lock"
+_COUNTED: Final = "test_wrong_codes_are_counted_and_then_none_is_compared"
+
+MUTANTS: Final = (
+    # At most one success
+    Mutant(
+        "link-checked-then-deleted",
+        "A link is looked at without a lock and then deleted, and whoever saw it is told that it is spent.",
+        "sql/one_time_tokens.sql",
+        (
+            (
+                "  for update of t\n), judged as materialized (\n  select *, created_at",
+                "), judged as materialized (\n  select *, created_at",
+            ),
+            ("where j.expired or t.id is not null\n\n-- name: lock_codes", "\n-- name: lock_codes"),
+        ),
+        (f"{_ONE_OF_MANY}[link]",),
+    ),
+    Mutant(
+        "code-checked-then-deleted",
+        "A right code is looked for without a lock, and whoever found its token is told that it is spent.",
+        "sql/one_time_tokens.sql",
+        (
+            (
+                "  for update of t\n), judged as materialized (\n  select ord, id, created_at",
+                "), judged as materialized (\n  select ord, id, created_at",
+            ),
+            ("where j.expired or t.id is not null\n\n-- name: revoke_tokens", "\n-- name: revoke_tokens"),
+        ),
+        # Calls for one user cannot show it: they queue up for the user's budget, which is locked before.
+        ("tests/test_sql.py::test_one_code_presented_twice_in_a_set",),
+    ),
+    Mutant(
+        "verification-not-locked",
+        "A verification is looked at without a lock, and used although another caller has used it meanwhile.",
+        "sql/email_verification.sql",
+        (
+            ("  order by t.id\n  for update of t, s\n", "  order by t.id\n"),
+            ("where t.id = r.id and t.used_at is null and", "where t.id = r.id and"),
+            ("  order by b.user_id\n  for update of b\n", "  order by b.user_id\n"),
+        ),
+        (f"{_ONE_OF_MANY}[email code]",),
+    ),
+    Mutant(
+        "used-at-not-asked",
+        "The statement that uses a verification does not ask whether it is used already.",
+        "sql/email_verification.sql",
+        (("t.used_at is null and ", ""),),
+        ("tests/test_sql.py::test_use_verifications",),
+    ),
+    Mutant(
+        "code-replaced-while-compared",
+        "A right code spends whatever secret its row holds by now.",
+        "sql/one_time_tokens.sql",
+        (("on t.id = r.id and t.token_hash = r.token_hash", "on t.id = r.id"),),
+        ("tests/test_sql.py::test_consume_codes",),
+    ),
+    # Time
+    Mutant(
+        "link-expiry-before-lock",
+        "Whether a link has expired is asked before the wait for its lock.",
+        "sql/one_time_tokens.sql",
+        (
+            (
+                "    s.ttl, s.failed_attempts\n  from request as r\n  join auth.one_time_tokens as t on t.token_hash",
+                (
+                    "    s.ttl, s.failed_attempts, clock_timestamp() at time zone 'utc' as seen\n  from request as r\n"
+                    "  join auth.one_time_tokens as t on t.token_hash"
+                ),
+            ),
+            (
+                "select *, created_at + ttl <= clock_timestamp() at time zone 'utc' as expired",
+                "select *, created_at + ttl <= seen as expired",
+            ),
+        ),
+        (f"{_WAITING}[argon2id-0]",),
+    ),
+    Mutant(
+        "link-expiry-by-now",
+        "Whether a link has expired is held against its transaction's start.",
+        "sql/one_time_tokens.sql",
+        (
+            (
+                "select *, created_at + ttl <= clock_timestamp() at time zone 'utc' as expired",
+                "select *, created_at + ttl <= now() at time zone 'utc' as expired",
+            ),
+        ),
+        (f"{_WAITING}[argon2id-0]",),
+    ),
+    Mutant(
+        "verification-expiry-by-now",
+        "Whether a verification has expired is held against its transaction's start, for comparing and for using it.",
+        "sql/email_verification.sql",
+        (
+            ("l.expires_at <= clock_timestamp() as expired", "l.expires_at <= now() as expired"),
+            ("t.expires_at > clock_timestamp()\nreturning", "t.expires_at > now()\nreturning"),
+        ),
+        ("tests/test_email_verification.py::test_verification_that_expires_while_it_waits_for_a_lock[right code]",),
+    ),
+    # Guesses
+    Mutant(
+        "charged-after-compare",
+        "A code is compared first, and the attempt charged when it was wrong.",
+        "one_time_tokens.py",
+        (
+            (
+                (
+                    "            budgets.charge(self._settings, _spender(row), charged_at),\n"
+                    '            (_QUERIES["charge_codes"], _code_params(row)),\n'
+                    '            *intent.settle(row["id"], charged_at),\n'
+                ),
+                '            *intent.settle(row["id"], charged_at),\n',
+            ),
+            (
+                "        mismatch = CodeMismatch(",
+                (
+                    '        wrong = (_QUERIES["charge_codes"], _code_params(row))\n'
+                    "        charge = budgets.charge(self._settings, _spender(row), budgets.name_of_charge(row))\n"
+                    "        await self._database.run(partial(_commit, [charge, wrong]))\n"
+                    "        mismatch = CodeMismatch("
+                ),
+            ),
+        ),
+        (f"{_GUESSES}[code by user]",),
+    ),
+    Mutant(
+        "charge-not-committed",
+        "A wrong code's charge is not committed before its verdict is told, and so is rolled back.",
+        "one_time_tokens.py",
+        (
+            (
+                "        await transaction.commit(\n            budgets.charge(",
+                "        await transaction.fetch_all(\n            budgets.charge(",
+            ),
+        ),
+        (f"tests/test_one_time_tokens.py::{_COUNTED}[argon2id]",),
+    ),
+    Mutant(
+        "email-charge-not-committed",
+        "A wrong email code's charge is rolled back by the refusal that it leads to.",
+        "email_verification.py",
+        (
+            (
+                "            await transaction.commit(\n                budgets.charge(",
+                "            await transaction.fetch_all(\n                budgets.charge(",
+            ),
+        ),
+        (f"tests/test_email_verification.py::{_COUNTED}",),
+    ),
+    Mutant(
+        "code-not-locked-for-charge",
+        "Of guesses at once, each sees the count that was there when it came.",
+        "sql/one_time_tokens.sql",
+        (
+            ("  order by f.user_id, f.token_type\n  for update of t, s\n", "  order by f.user_id, f.token_type\n"),
+            ("  order by b.user_id, b.purpose\n  for update of b\n", "  order by b.user_id, b.purpose\n"),
+        ),
+        (f"{_GUESSES}[code by user]",),
+    ),
+    Mutant(
+        "attempts-off-by-one",
+        "A sixth wrong code is compared.",
+        "one_time_tokens.py",
+        (
+            (
+                (
+                    'row["failed_attempts"] >= self._settings.max_attempts:\n'
+                    "            raise AttemptsExhausted\n        budgets"
+                ),
+                (
+                    'row["failed_attempts"] > self._settings.max_attempts:\n'
+                    "            raise AttemptsExhausted\n        budgets"
+                ),
+            ),
+        ),
+        (f"tests/test_one_time_tokens.py::{_COUNTED}[argon2id]",),
+    ),
+    Mutant(
+        "work-dies-with-its-caller",
+        "A caller who hangs up cancels the work, and so a guess before it is counted.",
+        "db.py",
+        (("return await asyncio.shield(task)", "return await task"),),
+        ("tests/test_overload.py::test_calls_that_were_cancelled_count_while_their_work_goes_on",),
+    ),
+    Mutant(
+        "resend-resets-attempts",
+        "Who has a code sent again may guess five times more.",
+        "sql/email_verification.sql",
+        (("set last_sent_at = clock_timestamp()", "set last_sent_at = clock_timestamp(), failed_attempts = 0"),),
+        ("tests/test_email_verification.py::test_right_code_after_wrong_ones",),
+    ),
+    Mutant(
+        "send-resets-budget",
+        "A new token, or a code sent again, forgets the wrong codes of its user.",
+        "sql/budgets.sql",
+        (("  sends = (b.sends ||", "  failures = '{}', failures_in_a_row = 0, sends = (b.sends ||"),),
+        ("tests/test_budgets.py::test_ten_in_a_quarter_of_an_hour",),
+    ),
+    Mutant(
+        "clean-up-deletes-budgets",
+        "The clean-up takes budgets along that bound something.",
+        "sql/cleanup.sql",
+        (
+            (
+                (
+                    "        + case\n"
+                    "          when b.failures_in_a_row > 0 then make_interval(secs => %(longest_run)s)\n"
+                    "          else make_interval(secs => %(longest_failure)s)\n"
+                    "        end\n"
+                ),
+                "",
+            ),
+        ),
+        ("tests/test_budgets.py::test_clean_up_takes_only_what_bounds_nothing",),
+    ),
+    Mutant(
+        "window-off-by-one",
+        "A window holds one more than it may.",
+        "budgets.py",
+        (("if len(times) >= limit:", "if len(times) > limit:"),),
+        ("tests/test_budgets.py::test_windows_slide",),
+    ),
+    Mutant(
+        "stop-not-doubled",
+        "Each further wrong code in a row stops a subject for no longer than the one before.",
+        "budgets.py",
+        (("doubled = settings.stop_time * 2 ** min(beyond, 16)", "doubled = settings.stop_time"),),
+        ("tests/test_budgets.py::test_a_run_stops_for_a_day_and_doubles_to_a_week",),
+    ),
+    Mutant(
+        "run-outlives-success",
+        "A right code does not end the run of wrong ones.",
+        "sql/budgets.sql",
+        (
+            (
+                "(select count(*) from unnest(b.failures) as f (time) where f.time > r.charged_at)",
+                "b.failures_in_a_row",
+            ),
+        ),
+        ("tests/test_sql.py::test_budgets",),
+    ),
+    Mutant(
+        "nobodys-guess-charges-somebody",
+        "A guess at a user who has no code is counted on the user's budget, so that anybody can stop anybody.",
+        "one_time_tokens.py",
+        (
+            (
+                "            await transaction.commit(*_charge_nobody(), *intent.drop())",
+                (
+                    "            somebody = (credential.user_id or uuid.UUID(int=0), credential.token_type)\n"
+                    "            charge = budgets.charge(self._settings, somebody, datetime.now().astimezone())\n"
+                    "            await transaction.commit(charge, *_charge_nobody(), *intent.drop())"
+                ),
+            ),
+        ),
+        ("tests/test_one_time_tokens.py::test_code_of_nobody[argon2id]",),
+    ),
+    Mutant(
+        "nobodys-code-not-hashed",
+        "A code of nobody is refused without the work of a wrong one, so that time tells who has a code.",
+        "one_time_tokens.py",
+        (("                await self._pretend(intent)\n", ""),),
+        ("tests/test_matrix.py::test_unknown_and_wrong_do_the_same_work",),
+    ),
+    # Sends
+    Mutant(
+        "resend-not-counted",
+        "A code that is sent again is no send.",
+        "email_verification.py",
+        (
+            (
+                (
+                    '            budgets.spend(self._settings, (row["user_id"], budgets.EMAIL_VERIFICATION)),\n'
+                    '            (_QUERIES["mark_resent"]'
+                ),
+                '            (_QUERIES["mark_resent"]',
+            ),
+        ),
+        ("tests/test_budgets.py::test_resends",),
+    ),
+    Mutant(
+        "never-too-soon",
+        "Codes can be sent again as fast as one likes.",
+        "email_verification.py",
+        (("        if wait > timedelta():", "        if wait > timedelta.max:"),),
+        ("tests/test_budgets.py::test_resends",),
+    ),
+    # Purpose, user, address
+    Mutant(
+        "link-hash-without-type",
+        "A link's hash does not hold its type, so that it is as good for another.",
+        "crypto.py",
+        (("_frame(token_type, secret)", "_frame(secret)"),),
+        ("tests/test_crypto.py::test_two_different_links_are_never_stored_alike",),
+    ),
+    Mutant(
+        "code-found-for-other-types",
+        "A code is tried on the user's tokens of every type.",
+        "sql/one_time_tokens.sql",
+        (
+            (
+                "t.user_id = r.user_id and t.token_type = r.token_type and t.token_hash ~ '^ot[ch]1\\.'",
+                "t.user_id = r.user_id and t.token_hash ~ '^ot[ch]1\\.'",
+            ),
+        ),
+        ("tests/test_sql.py::test_lock_codes",),
+    ),
+    Mutant(
+        "code-mac-without-type",
+        "A code's hash does not hold its type.",
+        "crypto.py",
+        (("parts = (subject.token_type, subject.user_id", "parts = (subject.user_id"),),
+        ("tests/test_crypto.py::test_code_is_good_for_its_subject_only",),
+    ),
+    Mutant(
+        "code-mac-without-user",
+        "A code's hash does not hold its user.",
+        "crypto.py",
+        (("subject.user_id.bytes, subject.relates_to, code", "subject.relates_to, code"),),
+        ("tests/test_crypto.py::test_code_is_good_for_its_subject_only",),
+    ),
+    Mutant(
+        "code-mac-without-address",
+        "A code's hash does not hold its address.",
+        "crypto.py",
+        (("subject.relates_to, code, *row)", "code, *row)"),),
+        ("tests/test_crypto.py::test_code_is_good_for_its_subject_only",),
+    ),
+    Mutant(
+        "address-from-the-request",
+        "An answer echoes the address of the request instead of telling the row's.",
+        "one_time_tokens.py",
+        (
+            (
+                "        return pb.IssueTokenResponse(",
+                '        row = {**row, "relates_to": request.relates_to}\n        return pb.IssueTokenResponse(',
+            ),
+        ),
+        ("tests/test_one_time_tokens.py::test_address_in_any_writing[argon2id]",),
+    ),
+    Mutant(
+        "code-with-newline",
+        "A code with a newline at its end is taken for a code.",
+        "fields.py",
+        (
+            (
+                're.fullmatch(f"[0-9]{{{shortest},{longest}}}", value)',
+                're.match(f"^[0-9]{{{shortest},{longest}}}$", value)',
+            ),
+        ),
+        ("tests/test_fields.py::test_refused",),
+    ),
+    # Cryptography
+    Mutant(
+        "pad-without-row",
+        "One pad hides the codes of many rows, so that two of them tell their difference.",
+        "crypto.py",
+        (("_frame(row_id.bytes, user_id.bytes, token_hash)", "_frame(user_id.bytes, token_hash)"),),
+        ("tests/test_crypto.py::test_sealed_code_is_worth_nothing_elsewhere",),
+    ),
+    Mutant(
+        "shortage-is-a-wrong-code",
+        "A code that cannot be compared for want of memory counts as a wrong one.",
+        "crypto.py",
+        (
+            (
+                (
+                    "        except VerifyMismatchError:\n"
+                    '            # Its parent VerificationError means "could not check", which must never'
+                ),
+                (
+                    "        except VerificationError:\n"
+                    '            # Its parent VerificationError means "could not check", which must never'
+                ),
+            ),
+        ),
+        ("tests/test_crypto.py::test_want_of_memory_is_no_wrong_code",),
+    ),
+    Mutant(
+        "codes-from-random",
+        "Codes come from a generator whose next number follows from the ones before.",
+        "crypto.py",
+        (
+            ("import hmac\n", "import hmac\nimport random\n"),
+            ("{secrets.randbelow(10**length):0{length}d}", "{random.randrange(10**length):0{length}d}"),
+        ),
+        ("--select=S311",),
+        command=RUFF,
+    ),
+    Mutant(
+        "compared-by-equality",
+        "Codes are compared in a time that tells where they differ.",
+        "crypto.py",
+        (("    return hmac.compare_digest(presented, stored)", "    return presented == stored"),),
+        ("tests/test_crypto.py::test_secrets_are_compared_in_constant_time",),
+    ),
+    Mutant(
+        "code-compared-by-equality",
+        "The servicer compares codes itself, in a time that tells where they differ.",
+        "email_verification.py",
+        (("if not equal(code, right_code):", "if code != right_code:"),),
+        ("tests/test_crypto.py::test_secrets_are_compared_in_constant_time",),
+    ),
+    # Retries
+    Mutant(
+        "receipts-of-all-callers",
+        "Receipts are not kept apart by caller, so that one gets, or blocks, another's answer.",
+        "receipts.py",
+        (
+            ('return {"callers": [self.caller]', 'return {"callers": [""]'),
+            ('return f"{self.caller}/{self.rpc}', 'return f"{self.rpc}'),
+        ),
+        ("tests/test_ownership.py::test_a_receipt_is_its_callers_own",),
+    ),
+    Mutant(
+        "request-id-reused",
+        "Another request under a request_id that was used gets the first one's answer.",
+        "receipts.py",
+        (("            raise RequestIdReused\n", "            pass\n"),),
+        ("tests/test_receipts.py::test_other_content_is_refused[argon2id first]",),
+    ),
+    Mutant(
+        "retry-charged-twice",
+        "A retry that finds its charge pending is charged again.",
+        "one_time_tokens.py",
+        (("        if earlier:\n            # The first try was charged", "        if False:\n            #"),),
+        ("tests/test_receipts.py::test_wrong_code_whose_verdict_was_lost[argon2id first]",),
+    ),
+    Mutant(
+        "receipt-without-answer",
+        "The answer of a call that spends a link is not kept, so that its retry is told that there is no such link.",
+        "one_time_tokens.py",
+        (
+            (
+                '        await transaction.commit(*intent.settle(rows[0]["id"], response))',
+                "        await transaction.commit(*intent.drop())",
+            ),
+        ),
+        ("tests/test_receipts.py::test_repeated_consume_gets_the_same_answer[argon2id first-0]",),
+    ),
+    # Callers
+    Mutant(
+        "others-verifications-found",
+        "A caller sees the verifications that others have started.",
+        "email_verification.py",
+        (("caller = None if call.permissions.any_caller else call.caller", "caller = None"),),
+        ("tests/test_ownership.py::test_a_caller_sees_its_own_verifications",),
+    ),
+    Mutant(
+        "code-resent-to-any-caller",
+        "Whoever holds the frontend's token gets the code by having it sent again.",
+        "email_verification.py",
+        ((' and row["caller"] == call.caller', ""),),
+        ("tests/test_ownership.py::test_any_caller_sees_all_and_gets_no_code",),
+    ),
+    Mutant(
+        "api-key-in-plain-text",
+        "An API key is taken from a connection that anybody can listen to.",
+        "callers.py",
+        (('if list(connection.get("transport_security_type", ())) != [b"ssl"]:', "if False:"),),
+        ("tests/test_callers.py::test_the_port_of_health_serves_nothing_else",),
+    ),
+    Mutant(
+        "common-name-is-identity",
+        "Of a certificate without other names, the common name is taken for its caller.",
+        "crypto.py",
+        (
+            (
+                "        return ()\n",
+                (
+                    "        of = x509.load_pem_x509_certificate(pem).subject\n"
+                    "        return tuple(str(x.value) for x in of.get_attributes_for_oid(x509.NameOID.COMMON_NAME))\n"
+                ),
+            ),
+        ),
+        ("tests/test_callers.py::test_a_certificate_on_every_rpc",),
+    ),
+    Mutant(
+        "unlisted-rpc",
+        "A caller of the policy may call what the policy does not grant.",
+        "interceptors.py",
+        (("and not call.permissions.may_call(rpc):", "and False:"),),
+        ("tests/test_callers.py::test_an_api_key_on_every_rpc",),
+    ),
+    Mutant(
+        "unlisted-token-type",
+        "A caller may deal with tokens of every type, whatever the policy says.",
+        "call.py",
+        (("return self.token_types is None or token_type in self.token_types", "return True"),),
+        ("tests/test_ownership.py::test_types_of_tokens_are_granted_one_by_one",),
+    ),
+    Mutant(
+        "streams-past-identity",
+        "Streams, and so reflection, are for everybody.",
+        "interceptors.py",
+        (
+            (
+                "        if call.service == HEALTH:\n            return await proceed(call)\n        authorizations",
+                (
+                    "        if call.service == HEALTH or call.kind != UNARY:\n            return await proceed(call)\n"
+                    "        authorizations"
+                ),
+            ),
+        ),
+        ("tests/test_callers.py::test_an_api_key_on_every_rpc",),
+    ),
+    Mutant(
+        "broken-policy-in-part",
+        "Of a policy with faults, the rest is put in force.",
+        "callers.py",
+        (("    if faults:\n        raise ValueError", "    if not permissions:\n        raise ValueError"),),
+        ("tests/test_callers.py::test_the_faults_of_all_callers_are_told_together",),
+    ),
+    Mutant(
+        "broken-policy-allows-everything",
+        "With a policy that cannot be read, nobody is asked who they are.",
+        "app.py",
+        (("            problems.extend(str(error).splitlines())\n", ""),),
+        ("tests/test_callers.py::test_a_file_that_is_not_right_stops_the_start[no policy]",),
+    ),
+    Mutant(
+        "broken-keys-empty-the-ring",
+        "A file of keys that is broken while the service runs takes the keys away.",
+        "reload.py",
+        (
+            (
+                "        except ValueError as error:\n            self._fail(",
+                (
+                    "        except ValueError as error:\n"
+                    '            getattr(self.in_force, "_by_id", {}).clear()\n'
+                    "            self._fail("
+                ),
+            ),
+        ),
+        ("tests/test_reload.py::test_a_broken_file_changes_nothing",),
+    ),
+    # Bounds
+    Mutant(
+        "places-without-bound",
+        "Any number of calls and of hashes is let in.",
+        "places.py",
+        (("if held >= _SHARE * self._free:", "if False:"),),
+        ("tests/test_overload.py::test_calls_under_way_are_bounded_and_shared",),
+    ),
+    Mutant(
+        "calls-not-admitted",
+        "Calls under way are not counted.",
+        "interceptors.py",
+        (
+            (
+                "        if call.service == HEALTH:\n            return await proceed(call)\n        places.take",
+                "        return await proceed(call)\n        places.take",
+            ),
+        ),
+        ("tests/test_overload.py::test_calls_under_way_are_bounded_and_shared",),
+    ),
+    Mutant(
+        "health-needs-admission",
+        "A server that is busy looks like one that is dead.",
+        "interceptors.py",
+        (
+            (
+                "        if call.service == HEALTH:\n            return await proceed(call)\n        places.take",
+                "        places.take",
+            ),
+        ),
+        ("tests/test_overload.py::test_health_is_always_admitted",),
+    ),
+    Mutant(
+        "argon2-on-the-event-loop",
+        "While a code is hashed, no other call is served.",
+        "hashing.py",
+        (
+            (
+                "        job = self._executor.submit(work)\n",
+                (
+                    "        from concurrent.futures import Future\n"
+                    "        job = Future()\n"
+                    "        job.set_result(work())\n"
+                ),
+            ),
+        ),
+        ("tests/test_overload.py::test_the_event_loop_does_not_hash",),
+    ),
+    Mutant(
+        "argon2-queue-without-bound",
+        "Any number of codes waits to be hashed.",
+        "hashing.py",
+        (("Places(threads + queue)", "Places(10**9)"),),
+        ("tests/test_overload.py::test_codes_beyond_the_queue_are_refused_at_once",),
+    ),
+    # The database
+    Mutant(
+        "doubt-told-as-certainty",
+        "Of a COMMIT whose outcome nobody heard, the caller is told that nothing happened.",
+        "db.py",
+        (
+            (
+                "        return OutcomeUnknown()\n    if isinstance",
+                "        return DatabaseUnavailable()\n    if isinstance",
+            ),
+        ),
+        ("tests/test_faults.py::test_a_connection_is_lost_around_commit[after]",),
+    ),
+    Mutant(
+        "synchronous-commit-not-set",
+        "On a database with synchronous_commit off, what was acknowledged is lost in a crash.",
+        "sql/db.sql",
+        (("in ('off', 'local')", "in ('none')"),),
+        ("tests/test_app.py::test_commits_are_on_disk_whatever_the_database_says",),
+    ),
+    Mutant(
+        "fsync-not-asked",
+        "The service starts on a database that loses what it acknowledged.",
+        "sql/app.sql",
+        (("current_setting('fsync') = 'off'", "false"),),
+        ("tests/test_app.py::test_a_database_that_cannot_be_trusted_is_refused[fsync]",),
+    ),
+    # What is told
+    Mutant(
+        "exception-text-told",
+        "The text of an exception, with rows and secrets in it, is sent to the client.",
+        "interceptors.py",
+        (
+            (
+                "        refusal = InternalError()\n",
+                "        refusal = PlainStatus(grpc.StatusCode.INTERNAL, str(error))\n",
+            ),
+        ),
+        ("tests/test_interceptors.py::test_a_bug_tells_the_client_nothing[raise_plain]",),
+    ),
+    Mutant(
+        "secrets-logged",
+        "Fields that the contract marks as secret are logged.",
+        "logs.py",
+        (("return bool(field.GetOptions().debug_redact)", "return False"),),
+        ("tests/test_logs.py::test_what_is_shown_of_a_request",),
+    ),
+    Mutant(
+        "audit-without-caller",
+        "The log does not tell who made a call.",
+        "interceptors.py",
+        (('        "caller": call.caller,\n', ""),),
+        ("tests/test_interceptors.py::test_the_line_of_a_call",),
+    ),
+)
