@@ -638,11 +638,53 @@ MUTANTS: Final = (
         "interceptors.py",
         (
             (
-                "        if call.service == HEALTH:\n            return await proceed(call)\n        places.take",
-                "        return await proceed(call)\n        places.take",
+                "            room, holder = places, call.caller\n",
+                "            return await proceed(call)\n",
             ),
         ),
         ("tests/test_overload.py::test_calls_under_way_are_bounded_and_shared",),
+    ),
+    Mutant(
+        "watches-unbounded",
+        "Whoever likes holds as many watches of health open as memory has room for.",
+        "interceptors.py",
+        (("        elif call.kind == UNARY:\n            return", "        elif call.kind:\n            return"),),
+        ("tests/test_overload.py::test_watches_of_health_are_bounded",),
+    ),
+    Mutant(
+        "budget-made-and-not-locked",
+        "A clean-up takes an old budget from under the call that asked for it.",
+        "sql/budgets.sql",
+        (("do update set purpose = excluded.purpose where false", "do nothing"),),
+        ("tests/test_budgets.py::test_a_budget_that_is_cleaned_away_while_it_is_asked_for",),
+    ),
+    Mutant(
+        "purge-without-the-budgets",
+        "PurgeUser misses a token that is replaced while it waits.",
+        "sql/admin.sql",
+        (
+            (
+                "delete from auth.one_time_tokens as t where t.user_id = any (%(user_ids)s::uuid[])",
+                (
+                    "delete from auth.one_time_tokens as t using auth.one_time_tokens as f"
+                    " where t.id = f.id and f.user_id = any (%(user_ids)s::uuid[])"
+                ),
+            ),
+            ("where b.user_id = any (%(user_ids)s::uuid[])\norder by", "where false\norder by"),
+        ),
+        ("tests/test_admin.py::test_purge_takes_what_is_replaced_meanwhile",),
+    ),
+    Mutant(
+        "right-code-charged-when-the-check-fails",
+        "CheckToken keeps the charge of a right code where the database fails after it.",
+        "one_time_tokens.py",
+        (
+            (
+                "await self._undoing(intent, judged, self._database.run(partial(_commit, right)))",
+                "await self._database.run(partial(_commit, right))",
+            ),
+        ),
+        ("tests/test_one_time_tokens.py::test_a_failure_after_the_right_code_costs_nothing",),
     ),
     Mutant(
         "health-needs-admission",
@@ -650,8 +692,8 @@ MUTANTS: Final = (
         "interceptors.py",
         (
             (
-                "        if call.service == HEALTH:\n            return await proceed(call)\n        places.take",
-                "        places.take",
+                "        elif call.kind == UNARY:\n            return await proceed(call)\n",
+                "        elif call.kind == UNARY:\n            room, holder = places, call.caller\n",
             ),
         ),
         ("tests/test_overload.py::test_health_is_always_admitted",),

@@ -530,13 +530,13 @@ async def test_a_budget_that_is_cleaned_away_while_it_is_asked_for(client: Clien
     for call, purpose in ((client.issue, "recovery_token"), (client.start, "email_verification")):
         await call(user_id)
         with database.transaction():
-            removed = database.execute(
-                "delete from onetime.budgets where user_id = %s and purpose = %s", [user_id, purpose]
-            )
-            assert removed.rowcount == 1
+            # As the clean-up does it: it locks first, and deletes then.
+            of_subject = "from onetime.budgets where user_id = %s and purpose = %s"
+            database.execute(f"select {of_subject} for update", [user_id, purpose])
             waiting = asyncio.ensure_future(call(user_id))
             with connected(database.info.dsn) as observer:
                 await until(lambda observer=observer: _waits_for_a_lock(observer))  # type: ignore[misc]
+            assert database.execute(f"delete {of_subject}", [user_id, purpose]).rowcount == 1
         await waiting
         assert counted(database, user_id, purpose) == (0, 0, 1)
 
