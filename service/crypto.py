@@ -29,10 +29,12 @@ import argon2
 from argon2.exceptions import HashingError, InvalidHashError, VerificationError, VerifyMismatchError
 from cryptography import x509
 from cryptography.exceptions import InvalidTag, UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
+from cryptography.x509.oid import PublicKeyAlgorithmOID
 
 KEY_BYTES: Final = 32
 MAX_KEYS: Final = 4
@@ -44,6 +46,7 @@ _KEY_ID: Final = re.compile(r"[a-z0-9]{1,16}", re.ASCII)
 _LINK_BYTES: Final = 32
 _EMAIL_TOKEN_BYTES: Final = 96
 _NONCE_BYTES: Final = 12
+_RSA_BITS: Final = 2048
 EMAIL_CODE_LENGTH: Final = 6
 
 
@@ -373,7 +376,8 @@ def check_certificate(chain: bytes, key: bytes) -> datetime:
     """Check a server's certificate, the first of a chain, and its private key. Return when the certificate ends.
 
     Raises:
-        ValueError: They are unreadable, not of each other, or not of this time: a line a fault, nothing of the key.
+        ValueError: They are unreadable, not of each other, not of this time, or of a kind that gRPC cannot serve: a
+            line a fault, nothing of the key.
     """
     faults: list[str] = []
     try:
@@ -387,13 +391,33 @@ def check_certificate(chain: bytes, key: bytes) -> datetime:
         # Its text might quote what it read. TypeError: the key is encrypted.
         private = None
         faults.append("tls_key holds no private key in PEM; one without a passphrase is right")
-    if certificate and private and certificate.public_key() != private.public_key():
+    if certificate and not _can_serve(certificate):
+        faults.append(
+            "tls_cert has a key that gRPC cannot serve with: RSA of 2048 bits or more, P-256 or P-384 is right"
+        )
+    elif certificate and private and certificate.public_key() != private.public_key():
         faults.append("tls_key is not the key of tls_cert's first certificate, which must be the server's own")
     if certificate:
         faults += [f"tls_cert {fault}" for fault in _out_of_time(certificate)]
     if certificate is None or faults:
         raise ValueError("\n".join(faults))
     return certificate.not_valid_after_utc
+
+
+def _can_serve(certificate: x509.Certificate) -> bool:
+    """Tell whether gRPC can serve with a certificate's key, and should.
+
+    It takes Ed25519 and P-521 without a word, and then fails each handshake; other curves, and RSA that is bound to
+    PSS, keep it from opening its port; RSA of 1024 bits is too short for anybody's good.
+    """
+    try:
+        key = certificate.public_key()
+    except (ValueError, UnsupportedAlgorithm):
+        return False
+    if isinstance(key, rsa.RSAPublicKey):
+        plain = certificate.public_key_algorithm_oid == PublicKeyAlgorithmOID.RSAES_PKCS1_v1_5
+        return plain and key.key_size >= _RSA_BITS
+    return isinstance(key, ec.EllipticCurvePublicKey) and isinstance(key.curve, ec.SECP256R1 | ec.SECP384R1)
 
 
 def check_authorities(bundle: bytes) -> None:

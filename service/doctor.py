@@ -6,12 +6,13 @@ failure as long as there is something left to look at. It knows nothing of how f
 
 import os
 import stat
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeAlias
 
 import psycopg
 from psycopg.conninfo import conninfo_to_dict
@@ -30,7 +31,7 @@ from service.config import (
     parse_listen,
 )
 from service.crypto import Keyring
-from service.db import Params, load_queries
+from service.db import STATEMENT_TIMEOUT_MS, Params, load_queries
 from service.reload import WARN_BEFORE
 
 _QUERIES: Final = load_queries("doctor")
@@ -48,6 +49,8 @@ _WORST_DRIFT_S: Final = 30
 _MANY_ROWS: Final = 200_000
 
 Connection = psycopg.AsyncConnection[dict[str, Any]]
+_Judge: TypeAlias = Callable[[list[dict[str, Any]]], Iterable["Finding"]]
+_Look: TypeAlias = Callable[[], Awaitable[Iterable["Finding"]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,14 +87,29 @@ async def examine(settings: Settings) -> AsyncIterator[Finding]:
             async for finding in _database(settings, connection, ring):
                 yield finding
     except psycopg.Error as error:
-        text = error.diag.message_primary or str(error).partition("\n")[0]
-        yield Finding("database", "fail", text, "check database_url, that the server runs, and the role's privileges")
+        cure = "check database_url, that the server runs, and the role's privileges"
+        yield Finding("database", "fail", _primary(error), cure)
+
+
+def _primary(error: psycopg.Error) -> str:
+    return error.diag.message_primary or str(error).partition("\n")[0]
 
 
 def _open_to_others(path: Path, forbidden: int) -> str | None:
     """Return the mode of a file with permissions that it must not have, or None."""
-    mode = stat.S_IMODE(path.stat().st_mode)
-    return f"{mode:04o}" if mode & forbidden else None
+    status = path.stat()
+    return f"{stat.S_IMODE(status.st_mode):04o}" if is_too_open(status, forbidden, reader=os.geteuid()) else None
+
+
+def is_too_open(status: os.stat_result, forbidden: int, *, reader: int) -> bool:
+    """Tell whether a file has permissions that it must not have, given the user id of who reads it.
+
+    As in libpq, a file of root's may be read by its group where the reader is not root: so root, or Kubernetes with
+    fsGroup, hands a secret to a service, which could not change the mode.
+    """
+    if status.st_uid == 0 and reader != 0:
+        forbidden &= ~stat.S_IRGRP
+    return bool(status.st_mode & forbidden)
 
 
 def _keys(settings: Settings, ring: Keyring) -> Finding:
@@ -230,31 +248,79 @@ def _memory_limit() -> int | None:
 
 
 async def _database(settings: Settings, connection: Connection, ring: Keyring | None) -> AsyncIterator[Finding]:
-    """Give the findings on the server, the schema and the rows."""
+    """Give the findings on the server, the schema and the rows, each as it is made."""
     await connection.execute(_QUERIES["configure_session"], {"statement_timeout": str(_STATEMENT_TIMEOUT_MS)})
-    server = await _rows(connection, _QUERIES["server"])
-    yield Finding("database", "ok", f"PostgreSQL {server[0]['version']}")
-    (operation,) = await _rows(connection, _QUERIES["operation"])
-    findings = [
-        *_transport(connection),
-        *_operation(settings, connection, operation),
-        *_trust(await _rows(connection, _TRUST)),
-        *_log_parameters(await _rows(connection, _QUERIES["unset_log_parameters"])),
-    ]
-    pending = await migrations.pending(connection)
-    findings += [Finding("migrations", "fail", what, "onetime migrate") for what in pending]
-    findings += await _schema(connection)
-    if not pending:
-        findings.append(Finding("migrations", "ok", "up to date"))
-        findings += _foreign(await _rows(connection, _QUERIES["foreign_rows"]))
-        in_a_row: Params = {"failures_in_a_row": settings.failures_in_a_row}
-        findings += _stopped(await _rows(connection, _QUERIES["stopped_subjects"], in_a_row))
-        findings += _unindexed(await _rows(connection, _QUERIES["unindexed_users"]))
-        if ring:
-            longest: Params = {"longest_ttl": settings.longest_ttl().total_seconds()}
-            findings += _in_use(await _rows(connection, _QUERIES["keys_in_use"], longest), ring)
-    for finding in findings:
+    (server,) = await _rows(connection, _QUERIES["server"])
+    yield Finding("database", "ok", f"PostgreSQL {server['version']}")
+    for finding in _transport(connection):
         yield finding
+
+    def ask(query: str, judge: _Judge, params: Params | None = None) -> _Look:
+        async def look() -> Iterable[Finding]:
+            return judge(await _rows(connection, query, params))
+
+        return look
+
+    of_server: Mapping[str, _Look] = {
+        "operation": ask(_QUERIES["operation"], partial(_operation, settings, connection)),
+        "trust": ask(_TRUST, _trust),
+        "server log": ask(_QUERIES["unset_log_parameters"], _log_parameters),
+        "migrations": partial(_migrations, connection),
+        "schema": partial(_schema, connection),
+    }
+    failed = set()
+    for check, look in of_server.items():
+        for finding in await _attempt(connection, check, look):
+            if finding.verdict == "fail":
+                failed.add(check)
+            yield finding
+    if failed & {"trust", "migrations"}:
+        return  # what reads the rows would fail for that reason, and no more be said than is said already
+    needed: Params = {
+        "longest_ttl": settings.longest_ttl().total_seconds(),
+        "receipt_retention": settings.receipt_retention.total_seconds(),
+    }
+    in_a_row: Params = {"failures_in_a_row": settings.failures_in_a_row}
+    of_rows: Mapping[str, _Look] = {
+        "foreign rows": ask(_QUERIES["foreign_rows"], _foreign),
+        "limits": ask(_QUERIES["stopped_subjects"], _stopped, in_a_row),
+        "index": ask(_QUERIES["unindexed_users"], _unindexed),
+        "keys in use": ask(_QUERIES["keys_in_use"], partial(_in_use, ring), needed),
+    }
+    for check, look in of_rows.items():
+        for finding in await _attempt(connection, check, look):
+            yield finding
+
+
+async def _attempt(connection: Connection, check: str, look: _Look) -> list[Finding]:
+    """Return what a check finds. That it could not be made is a finding too, unless nothing more can be asked."""
+    try:
+        return list(await look())
+    except psycopg.Error as error:
+        if connection.broken:
+            raise
+        return [Finding(check, "fail", _primary(error), _cure(error))]
+
+
+def _cure(error: psycopg.Error) -> str:
+    """Return what helps where the server refused what a check asks."""
+    match error:
+        case psycopg.errors.InsufficientPrivilege():
+            return "grant it to the role, or run `onetime doctor` as the role that migrates"
+        case psycopg.errors.QueryCanceled():
+            return "run `onetime doctor` again when the database has less to do"
+        case psycopg.errors.UndefinedFunction() | psycopg.errors.SyntaxError():
+            return "use PostgreSQL 15 or newer"
+        case _:
+            return "look into PostgreSQL's log, and run `onetime doctor` again"
+
+
+async def _migrations(connection: Connection) -> list[Finding]:
+    """Tell what `migrate` has to do."""
+    pending = await migrations.pending(connection)
+    return [Finding("migrations", "fail", what, "onetime migrate") for what in pending] or [
+        Finding("migrations", "ok", "up to date")
+    ]
 
 
 def _transport(connection: Connection) -> Iterator[Finding]:
@@ -272,14 +338,16 @@ def _transport(connection: Connection) -> Iterator[Finding]:
         yield Finding("database TLS", "ok", f"sslmode is {mode}")
 
 
-def _operation(settings: Settings, connection: Connection, row: Mapping[str, Any]) -> Iterator[Finding]:
+def _operation(settings: Settings, connection: Connection, rows: list[dict[str, Any]]) -> Iterator[Finding]:
     """Tell what the server's operator may have got wrong."""
     findings = []
+    (row,) = rows
     if row["backend_pid"] != connection.info.backend_pid:
         text = (
-            "a pooler stands between: in transaction mode, settings of a session reach others and prepared statements"
+            "a pooler stands between: if it pools by transaction, settings of a session reach others and prepared "
+            "statements are lost"
         )
-        findings.append(Finding("operation", "warn", f"{text} are lost", "pool by session, or connect without it"))
+        findings.append(Finding("operation", "warn", text, "pool by session, or connect without it"))
     wanted = settings.pool_size + 1
     if row["connections"] < 2 * wanted:
         text = f"PostgreSQL lets {row['connections']} connections in, and each server takes {wanted}"
@@ -353,28 +421,33 @@ def _foreign(rows: list[dict[str, Any]]) -> Iterator[Finding]:
         yield Finding("foreign rows", "ok", "none since onetime took the tables over")
 
 
-def _in_use(rows: list[dict[str, Any]], ring: Keyring) -> Iterator[Finding]:
-    """Tell where the replacement of a key stands, and whether tokens are left that no key of the ring can check."""
+def _in_use(ring: Keyring | None, rows: list[dict[str, Any]]) -> Iterator[Finding]:
+    """Tell where the replacement of a key stands, and whether rows are left that no key of the ring can check."""
+    if ring is None:
+        return
     live = {row["key_id"]: row for row in rows}
     for key in ring.keys[1:]:
         row = live.pop(key.id, None)
         if row:
-            text = f"{key.id} checks, and {_counted(row['rows'], 'live token')} need it"
-            until = f"{row['last_expiry']:%Y-%m-%d %H:%M} UTC, unless another server still makes under it"
-            yield Finding("keys in use", "ok", f"{text} until {until}")
+            until = f"{row['last_expiry']:%Y-%m-%d %H:%M} UTC, and longer if another server still makes under it"
+            yield Finding("keys in use", "ok", f"{key.id} checks {_needing(row['rows'])} until {until}")
         else:
             step = f"`onetime keys switch {key.id}` if it is new, `onetime keys retire {key.id}` if it is old"
-            yield Finding("keys in use", "ok", f"{key.id} checks, and no live token needs it: {step}")
+            yield Finding("keys in use", "ok", f"{key.id} checks, and no live token or kept answer needs it: {step}")
     maker = ring.keys[0].id
     row = live.pop(maker, None)
-    yield Finding("keys in use", "ok", f"{maker} makes; {_counted(row['rows'] if row else 0, 'live token')} so far")
+    yield Finding("keys in use", "ok", f"{maker} makes; {_needing(row['rows'] if row else 0)} so far")
     for key_id, row in live.items():
         yield Finding(
             "keys in use",
             "warn",
-            f"{_counted(row['rows'], 'live token')} made under key {key_id}, which the ring does not have: refused",
+            f"{_needing(row['rows'])} made under key {key_id}, which the ring does not have: refused",
             "put the key back if it is not compromised, or let them expire",
         )
+
+
+def _needing(count: int) -> str:
+    return "1 live token or kept answer" if count == 1 else f"{count} live tokens and kept answers"
 
 
 def _stopped(rows: list[dict[str, Any]]) -> Iterator[Finding]:
@@ -394,7 +467,8 @@ def _unindexed(rows: list[dict[str, Any]]) -> Iterator[Finding]:
         yield Finding(
             "index",
             "warn",
-            f"PurgeUser, and your own deletion of a user, reads {rows[0]['rows']} rows of email_verification_tokens",
+            f"PurgeUser, and your own deletion of a user, reads {rows[0]['rows']} rows of email_verification_tokens: "
+            f"PurgeUser may not end in the {STATEMENT_TIMEOUT_MS / 1000:g} s that it has",
             "create index concurrently on public.email_verification_tokens (user_id); onetime puts up with it",
         )
 

@@ -1,7 +1,8 @@
 """What is read from files, and again when they change, while calls are served: keys, policy, certificate.
 
 New files are read and checked whole before they are put in force. A broken one leaves in force what is there: a slip
-while editing must not stop a service, and metrics and log tell of it until it is put right.
+while editing must not stop a service, and metrics and log tell of it until it is put right. Until then it is tried
+again at each look: a certificate may become valid, or a disk readable, with nothing changed in the file.
 
 It knows nothing of what the files are for.
 """
@@ -67,18 +68,20 @@ class Watched(Generic[T]):
         self._tell = tell
         # Before they are read, so that a change from now on is noticed.
         self._settled = self._seen = self._signature()
-        self._contents: tuple[bytes, ...] | None = self._read()
+        self._contents = self._read()
         self.in_force = self._parsed(self._contents)
         """What the files made when they were right the last time."""
+        # Of the last try, if it failed: while it is so, each look is another try.
+        self._faults: list[str] | None = None
         tell(self.in_force)
         metrics.RELOADS.labels(name)
         metrics.RELOAD_FAILURES.labels(name)
         metrics.RELOAD_FAILING.labels(name).set(0)
 
     def look(self) -> None:
-        """Put in force what has changed, if it is right. Never raises."""
+        """Put in force what has changed, if it is right; if it was not, try again. Never raises."""
         signature = self._signature()
-        if signature == self._settled:
+        if signature == self._settled and self._faults is None:
             return
         if signature != self._seen:
             # Somebody may be writing still, or be about to write the other file of a pair: wait for a look at which
@@ -90,21 +93,25 @@ class Watched(Generic[T]):
             contents = self._read()
             if self._signature() != signature:
                 return  # it changed while it was read: the next looks see that
-            if contents == self._contents:
+            if contents == self._contents and self._faults is None:
                 return  # touched, no more
-            self._contents = contents
             self.in_force.take(self._parsed(contents))
+            self._contents = contents
             self._tell(self.in_force)
         except ValueError as error:
             self._fail(str(error).splitlines())
         except Exception as error:  # noqa: BLE001 - a bug of ours, which must not end the watch; its text might quote
             self._fail([f"a bug of onetime: {type(error).__name__}"])
         else:
+            self._faults = None
             metrics.RELOADS.labels(self._name).inc()
             metrics.RELOAD_FAILING.labels(self._name).set(0)
             _LOG.info("reloaded", extra={"file": self._name})
 
-    def _fail(self, faults: Sequence[str]) -> None:
+    def _fail(self, faults: list[str]) -> None:
+        if faults == self._faults:
+            return  # told already: a line each second would bury all others
+        self._faults = faults
         metrics.RELOAD_FAILURES.labels(self._name).inc()
         metrics.RELOAD_FAILING.labels(self._name).set(1)
         _LOG.error("not reloaded: what was read before stays in force", extra={"file": self._name, "faults": faults})
@@ -119,7 +126,6 @@ class Watched(Generic[T]):
             try:
                 contents.append(path.read_bytes())
             except OSError as error:
-                self._contents = None  # so that the same content is taken up when it is back
                 raise ValueError(f"{setting} {path}: {error.strerror}") from None
         return tuple(contents)
 

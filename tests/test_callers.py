@@ -811,6 +811,34 @@ def test_a_certificate_of_another_time_stops_the_start(days: int, told: str, fil
     assert told in problem
 
 
+KINDS_OF_KEYS: Final[Mapping[str, tuple[list[str], bool]]] = {
+    "RSA-2048": (["rsa:2048"], True),
+    "P-256": (["ec", "-pkeyopt", "ec_paramgen_curve:P-256"], True),
+    "P-384": (["ec", "-pkeyopt", "ec_paramgen_curve:P-384"], True),
+    "RSA-1024": (["rsa:1024"], False),
+    "RSA-PSS": (["rsa-pss", "-pkeyopt", "rsa_keygen_bits:2048"], False),
+    "P-521": (["ec", "-pkeyopt", "ec_paramgen_curve:P-521"], False),
+    "brainpool": (["ec", "-pkeyopt", "ec_paramgen_curve:brainpoolP256r1"], False),
+    "unknown curve": (["ec", "-pkeyopt", "ec_paramgen_curve:prime239v1"], False),
+    "Ed25519": (["ed25519"], False),
+}
+"""By name: how openssl makes it, and whether it is taken."""
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_KEYS)
+def test_a_key_that_grpc_cannot_serve_with_stops_the_start(kind: str, files: Mapping[str, str]) -> None:
+    """Some keys are taken by gRPC without a word, and then every handshake fails: it is told which are right."""
+    how, served = KINDS_OF_KEYS[kind]
+    name = ["-subj", "/CN=x", "-addext", "subjectAltName=DNS:x"]
+    out = ["-keyout", files["tls_key"], "-out", files["tls_cert"]]
+    subprocess.run(["openssl", "req", "-x509", "-nodes", "-newkey", *how, *name, *out], capture_output=True, check=True)
+    if served:
+        assert app.read_files(Settings.model_validate(files), plain_text=False).certificate
+        return
+    told = "\n".join(faults_at_start(files))
+    assert "tls_cert has a key that gRPC cannot serve with: RSA of 2048 bits or more, P-256 or P-384 is right" in told
+
+
 def test_all_files_are_told_at_once(files: Mapping[str, str]) -> None:
     """One start tells what is wrong with each file."""
     for path in files.values():

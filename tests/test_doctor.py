@@ -3,8 +3,10 @@
 import asyncio
 import os
 import socket
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,12 +15,14 @@ import pytest
 from calls import Database, connected, write_keys
 from certificates import Authority, uri
 from proxy import Proxy
+from psycopg import sql
+from psycopg.pq import ExecStatus
 from psycopg.rows import dict_row
 
 from service.config import Settings
 from service.crypto import Keyring, new_api_key, new_key
 from service.devdb import embedded_postgres
-from service.doctor import Finding, examine
+from service.doctor import Finding, examine, is_too_open
 from service.migrations import migrate
 
 SERVER: Final = "spiffe://example.org/onetime"
@@ -118,6 +122,24 @@ async def test_files_that_are_open_to_others(  # noqa: PLR0917 - three of them a
     assert bad(await findings(migrated_url, keys_file, **files)) == []
 
 
+@pytest.mark.parametrize(
+    ("owner", "mode", "reader", "too_open"),
+    [
+        (0, 0o440, 1000, False),
+        (0, 0o640, 1000, False),
+        (0, 0o660, 1000, True),
+        (0, 0o444, 1000, True),
+        (0, 0o640, 0, True),
+        (1000, 0o640, 1000, True),
+        (1000, 0o600, 1000, False),
+    ],
+)
+def test_a_secret_that_root_hands_to_a_group(owner: int, mode: int, reader: int, *, too_open: bool) -> None:
+    """Kubernetes with fsGroup makes such files, and no service could change their mode."""
+    status = os.stat_result((stat.S_IFREG | mode, 0, 0, 1, owner, 1000, 0, 0, 0, 0))
+    assert is_too_open(status, stat.S_IRWXG | stat.S_IRWXO, reader=reader) == too_open
+
+
 async def test_a_certificate_that_ends_soon(migrated_url: str, keys_file: Path, files: Mapping[str, Path]) -> None:
     """Two weeks before, it is a warning; afterwards nothing can be served."""
     for days, expected in ((13, [("certificate", "warn")]), (-1, [("callers", "fail")])):
@@ -181,21 +203,45 @@ async def test_the_steps_of_replacing_a_key(migrated_url: str, tmp_path: Path, d
         assert bad(found) in ([], [("keys in use", "warn")])
         return text_of(found, "keys in use")
 
-    assert f"{old.id} makes; 0 live tokens so far" in await told(old)
+    assert f"{old.id} makes; 0 live tokens and kept answers so far" in await told(old)
     issue(old.id)
-    assert f"{old.id} makes; 1 live token so far" in await told(old)
+    assert f"{old.id} makes; 1 live token or kept answer so far" in await told(old)
     text = await told(old, new)
-    assert f"{new.id} checks, and no live token needs it: `onetime keys switch {new.id}` if it is new" in text
+    assert (
+        f"{new.id} checks, and no live token or kept answer needs it: `onetime keys switch {new.id}` if it is new"
+        in text
+    )
     text = await told(new, old)
-    assert f"{old.id} checks, and 1 live token need it until" in text.replace("tokens", "token")
-    assert f"1 live token made under key {old.id}, which the ring does not have" in await told(new)
+    assert f"{old.id} checks 1 live token or kept answer until" in text
+    assert f"1 live token or kept answer made under key {old.id}, which the ring does not have" in await told(new)
     database.execute("update auth.one_time_tokens set created_at = created_at - interval '1 d'")
     issue(new.id)
     text = await told(new, old)
     assert f"`onetime keys retire {old.id}` if it is old" in text
-    assert f"{new.id} makes; 1 live token so far" in text
+    assert f"{new.id} makes; 1 live token or kept answer so far" in text
     assert old.id not in await told(new)
     assert not any(Keyring([key]).format().split()[1] in text for key in (old, new))
+
+
+async def test_a_key_that_receipts_need(migrated_url: str, tmp_path: Path, database: Database) -> None:
+    """A retry under a key that is gone would be told REQUEST_ID_REUSED: the key stays until its answers are dropped."""
+    old, new = new_key(), new_key()
+    keys_file = tmp_path / "keys"
+    keys_file.touch(0o600)
+    keys_file.write_text(Keyring([new, old]).format(), "ascii")
+    database.execute(
+        "insert into onetime.receipts (caller, rpc, request_id, fingerprint, created_at)"
+        " select 'tests', 'VerifyCode', gen_random_uuid(), %s, clock_timestamp() - minutes * interval '1 minute'"
+        " from unnest(array[1, 2, 16]) as minutes",
+        [Keyring([old]).fingerprint(b"x")],
+    )
+    told = text_of(await findings(migrated_url, keys_file), "keys in use")
+    assert f"{old.id} checks 2 live tokens and kept answers until" in told
+    told = text_of(await findings(migrated_url, keys_file, receipt_retention="17m"), "keys in use")
+    assert f"{old.id} checks 3 live tokens and kept answers until" in told
+    database.execute("delete from onetime.receipts where created_at > clock_timestamp() - interval '15 minutes'")
+    told = text_of(await findings(migrated_url, keys_file), "keys in use")
+    assert f"{old.id} checks, and no live token or kept answer needs it" in told
 
 
 async def test_subjects_that_are_stopped(migrated_url: str, keys_file: Path, database: Database) -> None:
@@ -215,6 +261,7 @@ async def test_a_large_table_without_an_index_on_users(migrated_url: str, keys_f
     found = await findings(migrated_url, keys_file)
     assert bad(found) == [("index", "warn")]
     assert "1000000 rows" in text_of(found, "index")
+    assert "PurgeUser may not end in the 4 s" in text_of(found, "index")
     database.execute("create index on public.email_verification_tokens (user_id)")
     database.execute("update pg_class set reltuples = 1e6 where oid = 'public.email_verification_tokens'::regclass")
     assert bad(await findings(migrated_url, keys_file)) == []
@@ -238,6 +285,7 @@ def neglected_url() -> Iterator[str]:
         "max_connections": "12",
         "superuser_reserved_connections": "2",
         "autovacuum": "off",
+        "wal_level": "logical",
     }
     with (
         tempfile.TemporaryDirectory(prefix="onetime-neglected-") as folder,
@@ -270,6 +318,92 @@ async def test_a_neglected_server(neglected_url: str, keys_file: Path) -> None:
             connection.execute("select pg_reload_conf()")
     assert ("operation", "fail") in bad(found)
     assert "every write will be OUTCOME_UNKNOWN" in text_of(found, "operation")
+
+
+@contextmanager
+def replicating(url: str, command: str, name: str) -> Iterator[None]:
+    """Take what a server sends to a standby, a subscriber or a tool, by a command of the replication protocol."""
+    kind = "database" if "LOGICAL" in command else "true"
+    with closing(psycopg.connect(url, autocommit=True, replication=kind, application_name=name)) as connection:
+        result = connection.pgconn.exec_(command.encode())
+        assert result.status == ExecStatus.COPY_BOTH, result.error_message
+        yield
+        with psycopg.connect(url) as other:
+            other.execute("select pg_terminate_backend(%s, 5000)", [connection.info.backend_pid])  # and waits
+
+
+async def test_only_standbys_are_standbys(neglected_url: str, keys_file: Path) -> None:
+    """A consumer of changes and a base backup are nothing that a failover goes to; a standby is."""
+
+    async def told() -> str:
+        return text_of(await findings(neglected_url, keys_file), "operation")
+
+    with psycopg.connect(neglected_url, autocommit=True) as connection:
+        connection.execute("create publication of_changes")
+        connection.execute("select pg_create_logical_replication_slot('changes', 'pgoutput')")
+        [(at,)] = connection.execute("select pg_current_wal_flush_lsn()").fetchall()
+        changes = "START_REPLICATION SLOT changes LOGICAL 0/0 (proto_version '1', publication_names 'of_changes')"
+        standby = f"START_REPLICATION PHYSICAL {at}"
+        with replicating(neglected_url, changes, "consumer"), replicating(neglected_url, standby, "pg_basebackup"):
+            assert connection.execute("select count(*) from pg_stat_replication").fetchall() == [(2,)]
+            assert "replication is asynchronous" not in await told()
+        with replicating(neglected_url, standby, "standby"):
+            assert "replication is asynchronous" in await told()
+
+
+async def test_a_pooler(migrated_url: str, keys_file: Path, database: Database) -> None:
+    """Behind one the connection's process is another than it says. How it pools is not to be seen from here."""
+    database.execute("create schema pooled")
+    database.execute("create function pooled.pg_backend_pid() returns int language sql return 0")
+    name = sql.Identifier(database.info.dbname)
+    database.execute(sql.SQL("alter database {} set search_path = pooled, pg_catalog, public").format(name))
+    found = await findings(migrated_url, keys_file)
+    assert bad(found) == [("operation", "warn")]
+    assert "if it pools by transaction" in text_of(found, "operation")
+
+
+@pytest.fixture
+def lesser_role(migrated_url: str, database: Database) -> Iterator[str]:
+    """The URL of a database for a role that lacks one privilege, on a server that has not all functions."""
+    name = f"lesser_{os.getpid()}"
+    role = sql.Identifier(name)
+    database.execute(sql.SQL("create role {} login").format(role))
+    database.execute(sql.SQL("grant usage on schema auth, public, onetime to {}").format(role))
+    database.execute(sql.SQL("grant all on all tables in schema auth, public, onetime to {}").format(role))
+    database.execute(sql.SQL("revoke select on onetime.budgets from {}").format(role))
+    yield migrated_url.replace("://onetime@", f"://{name}@")
+    database.execute(sql.SQL("drop owned by {}").format(role))
+    database.execute(sql.SQL("drop role {}").format(role))
+
+
+async def test_a_privilege_that_is_missing(lesser_role: str, keys_file: Path, database: Database) -> None:
+    """The grant that cures is told, whatever else cannot be looked at; with it, and no more, all is well."""
+    # As in PostgreSQL 14, which has no such function.
+    database.execute("alter function has_parameter_privilege(name, text, text) rename to of_later_versions")
+    found = await findings(lesser_role, keys_file)
+    assert bad(found) == [("trust", "fail"), ("server log", "fail")]
+    [trust] = [finding for finding in found if finding.check == "trust"]
+    assert trust.cure.startswith("grant select on onetime.budgets to ")
+    assert "has_parameter_privilege(name, text, unknown) does not exist" in text_of(found, "server log")
+    assert {"migrations", "schema"} <= {finding.check for finding in found}
+    database.execute(trust.cure)
+    found = await findings(lesser_role, keys_file)
+    assert bad(found) == [("server log", "fail")]
+    assert "keys in use" in {finding.check for finding in found}
+
+
+async def test_a_connection_that_is_lost(migrated_url: str, keys_file: Path, database: Database) -> None:
+    """What was found before is told, and that the connection is lost, once: nothing more can be asked."""
+    found = []
+    async for finding in examine(Settings(database_url=migrated_url, keys_file=keys_file)):
+        found.append(finding)
+        if finding.check == "trust":
+            database.execute(
+                "select pg_terminate_backend(pid, 5000) from pg_stat_activity where application_name = 'onetime doctor'"
+                " and datname = current_database()"
+            )
+    assert bad(found) == [("database", "fail")]
+    assert [finding.check for finding in found][-2:] == ["trust", "database"]
 
 
 async def test_plain_text_on_the_way_to_the_database(migrated_url: str, keys_file: Path) -> None:

@@ -2,16 +2,19 @@
 
 import asyncio
 import contextlib
+import errno
 import json
 import logging
 import os
 import sys
 import threading
+import time
 import urllib.request
 import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final
 
@@ -517,6 +520,66 @@ def test_what_is_broken_and_comes_back_is_in_force(
         "reloaded",
     ]
     assert "bug'" not in str(caplog.records[0].__dict__["faults"])  # an exception's text might hold a secret
+
+
+def test_a_fault_of_the_moment_passes(
+    pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What could not be read is taken as soon as it can be, with nothing changed in the file; a fault is told once."""
+    caplog.set_level(logging.INFO, "service.reload")
+    file = watched(pair)
+    before = metrics.REGISTRY.get_sample_value("onetime_reload_failures_total", {"file": "test"}) or 0
+    pair[0].write_bytes(b"22")
+    read = Path.read_bytes
+    for number in (errno.EIO, errno.EMFILE):
+
+        def fail(_: Path, number: int = number) -> bytes:
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(Path, "read_bytes", fail)
+        for _ in range(4):
+            file.look()
+    monkeypatch.setattr(Path, "read_bytes", read)
+    assert file.in_force.contents == (b"1", b"1")
+    file.look()
+    assert file.in_force.contents == (b"22", b"1")
+    for _ in range(3):
+        file.look()
+    first, second, last = caplog.records
+    assert [os.strerror(errno.EIO) in str(first.__dict__), os.strerror(errno.EMFILE) in str(second.__dict__)] == [
+        True
+    ] * 2
+    assert last.message == "reloaded"
+    assert metrics.REGISTRY.get_sample_value("onetime_reload_failures_total", {"file": "test"}) == before + 2
+    assert metrics.REGISTRY.get_sample_value("onetime_reload_failing", {"file": "test"}) == 0
+
+
+def test_a_certificate_that_is_early_is_shown_once_it_is_valid(
+    pair: tuple[Path, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Issued ahead of its time, or by a clock that is ahead, it is refused, and taken when its time has come."""
+    authority = Authority()
+
+    def certify(issued: Issued) -> None:
+        for path, content in zip(pair, (issued.certificate, issued.key), strict=True):
+            replace(path, content)
+
+    certify(authority.issue(dns("x"), days=1))
+    file = Watched("test", {"tls_cert": pair[0], "tls_key": pair[1]}, ServerCertificate)
+    first = file.in_force.not_after
+    certify(authority.issue(dns("x"), days=2, starts=timedelta(seconds=3) / timedelta(days=1)))
+    file.look()
+    file.look()
+    assert file.in_force.not_after == first
+    assert metrics.REGISTRY.get_sample_value("onetime_reload_failing", {"file": "test"}) == 1
+    deadline = time.monotonic() + 20
+    while file.in_force.not_after == first and time.monotonic() < deadline:
+        time.sleep(0.1)
+        file.look()
+    assert file.in_force.not_after > first
+    assert metrics.REGISTRY.get_sample_value("onetime_reload_failing", {"file": "test"}) == 0
+    [record] = caplog.records
+    assert "is not valid before" in str(record.__dict__["faults"])
 
 
 def test_the_ends_of_certificates_are_told_each_day(caplog: pytest.LogCaptureFixture) -> None:

@@ -37,6 +37,7 @@ order by a.table_name
 
 -- name: keys_in_use
 -- The ids of the keys that rows of ours name, with how many live rows name each and when the last of them expires.
+-- Receipts too: without its key, a retry passes for another request, and is told REQUEST_ID_REUSED.
 select key_id, count(*) as rows, max(expires_at) as last_expiry
 from (
   select
@@ -49,18 +50,27 @@ from (
   select substring(email_verification_token from '^ev1\.([a-z0-9]{1,16})\.'), expires_at
   from public.email_verification_tokens
   where used_at is null and deleted_at is null
+  union all
+  select split_part(fingerprint, '.', 1), created_at + make_interval(secs => %(receipt_retention)s)
+  from onetime.receipts
 ) as named
 where key_id is not null and expires_at > clock_timestamp()
 group by key_id
 order by key_id
 
 -- name: operation
--- What the server's operator decides: room for connections, replication, clean-up, and the clock.
+-- What the server's operator decides: room for connections, replication, clean-up, and the clock. Who takes a base
+-- backup, or changes by logical decoding, is no standby that a failover could go to.
 select
   current_setting('max_connections')::int - current_setting('superuser_reserved_connections')::int as connections,
   current_setting('autovacuum') = 'on' as autovacuum,
   current_setting('synchronous_standby_names') <> '' as waits_for_standby,
-  (select count(*) from pg_stat_replication) as standbys,
+  (
+    select count(*)
+    from pg_stat_replication as r
+    left join pg_replication_slots as s on s.active_pid = r.pid
+    where s.slot_type is distinct from 'logical' and r.application_name is distinct from 'pg_basebackup'
+  ) as standbys,
   pg_backend_pid() as backend_pid,
   clock_timestamp() as now
 
