@@ -3,8 +3,6 @@
 The use cases, from a checked request to the statements of `sql/admin.sql`. Who may call is the policy's business.
 """
 
-from collections.abc import Sequence
-from functools import partial
 from typing import Any
 from uuid import UUID
 
@@ -14,7 +12,7 @@ from onetime.v1 import admin_pb2_grpc as pb_grpc
 
 from service.budgets import EMAIL_VERIFICATION
 from service.call import about
-from service.db import Database, Params, Transaction, load_queries
+from service.db import Database, Params, load_queries
 from service.fields import Fields
 
 _QUERIES = load_queries("admin")
@@ -39,8 +37,8 @@ class Admin(pb_grpc.AdminServiceServicer):
         about(user_id=user_id)
         params: Params = {"user_ids": [user_id]}
         statements = ("purge_receipts", "lock_users", "purge_tokens", "purge_verifications")
-        *_, (tokens,), (verifications,) = await self._database.run(
-            partial(_commit, [(_QUERIES[name], params) for name in statements])
+        *_, (tokens,), (verifications,) = await self._database.commit(
+            *((_QUERIES[name], params) for name in statements)
         )
         return pb.PurgeUserResponse(
             one_time_tokens_count=tokens["purged"], email_verifications_count=verifications["purged"]
@@ -75,9 +73,5 @@ async def unlock(database: Database, user_id: UUID, purpose: str) -> int:
         DatabaseUnavailable: Nothing happened.
     """
     params: Params = {"user_ids": [user_id], "purposes": [purpose]}
-    (rows,) = await database.run(partial(_commit, [(_QUERIES["unlock_subjects"], params)]))
+    (rows,) = await database.commit((_QUERIES["unlock_subjects"], params))
     return int(rows[0]["failures_in_a_row"]) if rows else 0
-
-
-async def _commit(statements: Sequence[tuple[str, Params]], transaction: Transaction) -> list[list[dict[str, Any]]]:
-    return await transaction.commit(*statements)

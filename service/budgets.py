@@ -30,9 +30,9 @@ Subject: TypeAlias = tuple[UUID, str]
 """A user and a purpose."""
 
 
-def lock(*subjects: Subject) -> list[Statement]:
-    """Return the statements that lock budgets, and make those that are not there; the last gives a row for each."""
-    return [(_QUERIES["make_budgets"], _params(subjects)), (_QUERIES["lock_budgets"], _params(subjects))]
+def lock(subject: Subject) -> list[Statement]:
+    """Return the statements that lock a budget, and make it if it is not there; the last one gives its row."""
+    return [(_QUERIES["lock_budgets"], _params(subject)), (_QUERIES["read_budgets"], _params(subject))]
 
 
 def refuse_failures(settings: Settings, budget: Mapping[str, Any]) -> None:
@@ -91,10 +91,10 @@ def _seconds_until(ends: Sequence[datetime], now: datetime) -> float:
     return (max(ends) - now).total_seconds() if ends else 0
 
 
-def spend(settings: Settings, *subjects: Subject) -> Statement:
+def spend(settings: Settings, subject: Subject) -> Statement:
     """Return the statement that counts a send."""
     keep = max(settings.sends_per_window, settings.sends_per_day)
-    return _QUERIES["spend_sends"], {**_params(subjects), "keep": keep}
+    return _QUERIES["spend_sends"], {**_params(subject), "keep": keep}
 
 
 def name_of_charge(budget: Mapping[str, Any]) -> datetime:
@@ -112,12 +112,12 @@ def name_of_charge(budget: Mapping[str, Any]) -> datetime:
 def charge(settings: Settings, subject: Subject, charged_at: datetime) -> Statement:
     """Return the statement that counts a wrong code on a budget that this transaction has locked."""
     keep = max(settings.failures_per_window, settings.failures_per_day)
-    return _QUERIES["charge_budgets"], {**_params([subject]), "charged_ats": [charged_at], "keep": keep}
+    return _QUERIES["charge_budgets"], {**_params(subject), "charged_ats": [charged_at], "keep": keep}
 
 
 def end_run(subject: Subject, charged_at: datetime | None) -> Statement:
     """Return the statement for a right code: it takes back the code's own charge, and ends the run."""
-    return _QUERIES["end_runs"], {**_params([subject]), "charged_ats": [charged_at]}
+    return _QUERIES["end_runs"], {**_params(subject), "charged_ats": [charged_at]}
 
 
 def forget(subject: Subject, charged_at: datetime | None) -> Statement:
@@ -125,8 +125,9 @@ def forget(subject: Subject, charged_at: datetime | None) -> Statement:
 
     For a subject without a budget it costs nearly what `charge` costs, and does nothing.
     """
-    return _QUERIES["forget_failures"], {**_params([subject]), "charged_ats": [charged_at]}
+    return _QUERIES["forget_failures"], {**_params(subject), "charged_ats": [charged_at]}
 
 
-def _params(subjects: Sequence[Subject]) -> dict[str, object]:
-    return {"user_ids": [user_id for user_id, _ in subjects], "purposes": [purpose for _, purpose in subjects]}
+def _params(subject: Subject) -> dict[str, object]:
+    user_id, purpose = subject
+    return {"user_ids": [user_id], "purposes": [purpose]}

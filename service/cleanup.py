@@ -143,11 +143,8 @@ async def sweep_all(settings: Settings, progress: Callable[[int, int], None]) ->
 
 
 async def _sweep_range(settings: Settings, database: Database, table: str, first: int) -> int:
-    async def work(transaction: Transaction) -> int:
-        rows, *_ = await transaction.commit(_range(settings, table, first, first + BLOCKS_ON_DEMAND))
-        return int(rows[0]["removed"])
-
-    return await database.run(work)
+    ((row,),) = await database.commit(_range(settings, table, first, first + BLOCKS_ON_DEMAND))
+    return int(row["removed"])
 
 
 def _range(settings: Settings, table: str, first: int, end: int) -> tuple[str, Params]:

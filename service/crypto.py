@@ -15,6 +15,7 @@ made for one purpose says nothing in another.
 """
 
 import base64
+import functools
 import hashlib
 import hmac
 import re
@@ -321,6 +322,7 @@ def api_key_hash(key: str) -> str | None:
 # Certificates
 
 
+@functools.lru_cache(maxsize=1024)  # a connection shows one certificate for all of its calls
 def certificate_names(pem: bytes) -> tuple[str, ...]:
     """Return the URIs and DNS names among a certificate's subject alternative names, as they stand there.
 

@@ -218,6 +218,19 @@ class Database:
         Context().run(self._after_write)
         return result
 
+    async def commit(self, *statements: tuple[str, Params]) -> list[list[DictRow]]:
+        """Run statements in a transaction of their own, as `run` does, and return their rows.
+
+        Raises:
+            DatabaseUnavailable: Nothing happened.
+            OutcomeUnknown: Nobody can know whether it happened.
+        """
+
+        async def work(transaction: Transaction) -> list[list[DictRow]]:
+            return await transaction.commit(*statements)
+
+        return await self.run(work)
+
     async def ping(self) -> bool:
         """Tell whether the database answers and takes writes.
 

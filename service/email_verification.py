@@ -173,12 +173,11 @@ class EmailVerifications(pb_grpc.EmailVerificationServiceServicer):
         if not users:
             statements.insert(0, (_QUERIES["add_users"], {"user_ids": [new.user_id]}))
         try:
-            results = await transaction.commit(
-                *statements, budgets.spend(self._settings, spender), *intent.settle(new.id)
+            *_, rows = await transaction.commit(
+                budgets.spend(self._settings, spender), *intent.settle(new.id), *statements
             )
         except ForeignKeyViolation:
-            results = [[]] * len(statements)
-        rows = results[len(statements) - 1]
+            rows = []
         if not rows:
             # The host deleted the user since our look.
             raise UserNotFound

@@ -196,50 +196,38 @@ class MailNotConfigured(OnetimeError):
     sentence = "the service has no mail server to send with; use return_code and mail the code yourself"
 
 
-class TooManyFailures(CredentialError):
-    """Too many wrong codes were tried for this user and purpose. Nothing was compared, and nothing counted."""
+class _UntilLater(OnetimeError):
+    """A refusal that time lifts."""
 
     status = grpc.StatusCode.RESOURCE_EXHAUSTED
+
+    def __init__(self, seconds: float) -> None:
+        """Take how long it holds. RetryInfo has whole seconds, so that the caller does not come too early."""
+        super().__init__()
+        self.retry_after = timedelta(seconds=max(math.ceil(seconds), 1))
+
+
+class TooManyFailures(_UntilLater, CredentialError):
+    """Too many wrong codes were tried for this user and purpose. Nothing was compared, and nothing counted."""
+
     reason = "TOO_MANY_FAILURES"
     sentence = "too many wrong codes were tried for this user and purpose; nothing was compared"
 
-    def __init__(self, seconds: float) -> None:
-        """Take how long codes are refused."""
-        super().__init__()
-        self.retry_after = _whole_seconds(seconds)
 
-
-class TooSoon(OnetimeError):
+class TooSoon(_UntilLater):
     """The code of this verification was sent a moment ago. Nothing was sent."""
 
-    status = grpc.StatusCode.RESOURCE_EXHAUSTED
     reason = "TOO_SOON"
     sentence = "the code was sent a moment ago; nothing was sent"
     public = "Please wait a moment before you ask for another code."
 
-    def __init__(self, seconds: float) -> None:
-        """Take how long sending is refused."""
-        super().__init__()
-        self.retry_after = _whole_seconds(seconds)
 
-
-class TooManySends(OnetimeError):
+class TooManySends(_UntilLater):
     """Too much was issued or sent for this user and purpose. Nothing changed: what was issued before holds."""
 
-    status = grpc.StatusCode.RESOURCE_EXHAUSTED
     reason = "TOO_MANY_SENDS"
     sentence = "too much was issued or sent for this user and purpose; nothing changed"
     public = "Please wait a while before you ask for another one."
-
-    def __init__(self, seconds: float) -> None:
-        """Take how long issuing and sending is refused."""
-        super().__init__()
-        self.retry_after = _whole_seconds(seconds)
-
-
-def _whole_seconds(seconds: float) -> timedelta:
-    """Return a time for RetryInfo, at which the caller does not come too early."""
-    return timedelta(seconds=max(math.ceil(seconds), 1))
 
 
 class CallerUnknown(OnetimeError):

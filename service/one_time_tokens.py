@@ -79,9 +79,9 @@ class _NewToken:
 
 @dataclass(frozen=True, slots=True)
 class _Judged:
-    """A token on which an attempt is charged; or no token; or the answer that this call got before."""
+    """A token on which an attempt is charged; or the answer that this call got before, and no token."""
 
-    row: Row | None
+    row: Row
     charged_at: datetime | None = None
     """Names the charge on the budget."""
     retried: bool = False
@@ -214,10 +214,10 @@ class OneTimeTokens(pb_grpc.OneTimeTokenServiceServicer):
             # Where no answer is to be kept, one trip does it all.
             rows, *_ = await transaction.commit(consume)
             return self._consumed(rows)
-        earlier, _ = await intent.claim(transaction)
+        earlier, (rows,) = await intent.claim(transaction, consume)
         if earlier and earlier.answer is not None:
+            # Nothing is committed: whatever the link meant by now stays.
             return pb.ConsumeTokenResponse.FromString(earlier.answer)
-        rows = await transaction.fetch(*consume)
         response = self._consumed(rows)
         await transaction.commit(*intent.settle(rows[0]["id"], response))
         return response
@@ -240,9 +240,9 @@ class OneTimeTokens(pb_grpc.OneTimeTokenServiceServicer):
 
     async def _check_code(self, intent: Intent, credential: _CodeCredential) -> Row:
         judged = await self._compare(intent, credential)
-        row = _existing(judged.row)
+        row = judged.row
         right = [budgets.end_run(_spender(row), judged.charged_at), (_QUERIES["refund_codes"], _code_params(row))]
-        await self._undoing(intent, judged, self._database.run(partial(_commit, right)))
+        await self._undoing(intent, judged, self._database.commit(*right))
         return row
 
     async def _consume_code(self, intent: Intent, credential: _CodeCredential) -> pb.ConsumeTokenResponse:
@@ -257,12 +257,12 @@ class OneTimeTokens(pb_grpc.OneTimeTokenServiceServicer):
             return await work
         except DatabaseUnavailable:
             with suppress(DatabaseUnavailable, OutcomeUnknown):
-                await self._database.run(partial(_commit, self._undo(intent, judged)))
+                await self._database.commit(*self._undo(intent, judged))
             raise
 
     async def _spend_code(self, intent: Intent, judged: _Judged, transaction: Transaction) -> pb.ConsumeTokenResponse:
         """Spend a token whose code was found right. Another caller with the same right code may have been faster."""
-        row = _existing(judged.row)
+        row = judged.row
         params: Params = {"ids": [row["id"]], "token_hashes": [row["token_hash"]]}
         earlier, (_, spent) = await intent.claim(
             transaction, budgets.end_run(_spender(row), judged.charged_at), (_QUERIES["consume_codes"], params)
@@ -287,18 +287,18 @@ class OneTimeTokens(pb_grpc.OneTimeTokenServiceServicer):
         # The place comes first: to be refused one after the charge would cost the user an attempt.
         with self._hashing.place() if self._hasher.slow else nullcontext():
             judged = await self._database.run(partial(self._charge, intent, credential))
+            if judged is None:
+                await self._pretend(intent)
+                raise TokenNotFound
             if judged.earlier_answer is not None:
                 return judged
             row = judged.row
-            if row is None:
-                await self._pretend(intent)
-                raise TokenNotFound
             subject = CodeSubject(row["id"], row["token_type"], row["user_id"], row["relates_to"])
             try:
                 right = await self._matches(credential.code, row["token_hash"], subject)
             except Exception as error:
                 # There is no verdict, so there was no guess.
-                await self._database.run(partial(_commit, self._undo(intent, judged)))
+                await self._database.commit(*self._undo(intent, judged))
                 if isinstance(error, KeyError):
                     # The token's key has been retired.
                     raise TokenNotFound from error
@@ -307,7 +307,7 @@ class OneTimeTokens(pb_grpc.OneTimeTokenServiceServicer):
             return judged
         mismatch = CodeMismatch(max(self._settings.max_attempts - row["failed_attempts"] - 1, 0))
         if intent.request_id:
-            await self._database.run(partial(_commit, intent.settle(row["id"], mismatch)))
+            await self._database.commit(*intent.settle(row["id"], mismatch))
         raise mismatch
 
     async def _matches(self, code: str, token_hash: str, subject: CodeSubject) -> bool:
@@ -319,8 +319,12 @@ class OneTimeTokens(pb_grpc.OneTimeTokenServiceServicer):
         with nullcontext() if self._hasher.slow else self._hashing.place():
             return await self._hashing.run(match)
 
-    async def _charge(self, intent: Intent, credential: _CodeCredential, transaction: Transaction) -> _Judged:
-        """Charge an attempt on the token that a code is presented for, and on the budget of its user and type."""
+    async def _charge(self, intent: Intent, credential: _CodeCredential, transaction: Transaction) -> _Judged | None:
+        """Charge an attempt on the token that a code is presented for, and on the budget of its user and type.
+
+        Returns:
+            None if there is no such token.
+        """
         params: Params = {
             "ords": [1],
             "token_types": [credential.token_type],
@@ -329,7 +333,7 @@ class OneTimeTokens(pb_grpc.OneTimeTokenServiceServicer):
         }
         earlier, (rows,) = await intent.claim(transaction, (_QUERIES["lock_codes"], params))
         if earlier and earlier.answer is not None:
-            return _Judged(None, earlier_answer=earlier.answer)
+            return _Judged({}, earlier_answer=earlier.answer)
         if earlier:
             # The first try was charged, and died before it had an answer. It is the same code, so it is free.
             row = _only(await transaction.fetch(_QUERIES["find_codes"], {"ids": [earlier.row_id]}))
@@ -339,7 +343,7 @@ class OneTimeTokens(pb_grpc.OneTimeTokenServiceServicer):
         if not rows:
             # As much work as a charge: otherwise the time of an answer would tell who has a code.
             await transaction.commit(*_charge_nobody(), *intent.drop())
-            return _Judged(None)
+            return None
         (row,) = rows
         _about(row)
         if row["expired"]:
@@ -359,11 +363,11 @@ class OneTimeTokens(pb_grpc.OneTimeTokenServiceServicer):
         """Spend on nobody's code the time that a wrong code takes, up to the commit of its answer."""
         await self._hashing.run(self._hasher.pretend)
         if intent.request_id:
-            await self._database.run(partial(_commit, [CHARGE_NOBODY]))
+            await self._database.commit(CHARGE_NOBODY)
 
     def _undo(self, intent: Intent, judged: _Judged) -> list[tuple[str, Params]]:
         """Return the statements that forget a call which came to no verdict. One charge is given back once."""
-        if judged.row is None or judged.retried:
+        if judged.retried:
             return []
         return [
             *intent.drop(),  # receipts are locked before budgets, and budgets before tokens
@@ -388,7 +392,7 @@ class OneTimeTokens(pb_grpc.OneTimeTokenServiceServicer):
         _allow(*wanted)
         about(user_id=user_id)
         params: Params = {"ords": [1] * len(wanted), "user_ids": [user_id] * len(wanted), "token_types": wanted}
-        ((*rows,),) = await self._database.run(partial(_commit, [(_QUERIES["revoke_tokens"], params)]))
+        ((*rows,),) = await self._database.commit((_QUERIES["revoke_tokens"], params))
         return pb.RevokeTokensResponse(revoked_count=rows[0]["revoked_count"] if rows else 0)
 
     async def ListTokens(self, request: pb.ListTokensRequest, context: Context) -> pb.ListTokensResponse:
@@ -458,21 +462,11 @@ def _charge_nobody() -> list[tuple[str, Params]]:
     ]
 
 
-def _existing(row: Row | None) -> Row:
-    if row is None:
-        raise TokenNotFound
-    return row
-
-
 def _only(rows: Sequence[Row]) -> Row:
     """Return the row of the one element that was asked for."""
     if not rows:
         raise TokenNotFound
     return rows[0]
-
-
-async def _commit(statements: Sequence[tuple[str, Params]], transaction: Transaction) -> list[list[dict[str, Any]]]:
-    return await transaction.commit(*statements)
 
 
 def _code_length(fields: Fields, request: pb.IssueTokenRequest) -> int | None:

@@ -588,9 +588,9 @@ def test_budgets(database: Database) -> None:
     user_ids = [uuid.uuid4() for _ in range(3)]
     subjects: dict[str, object] = {"user_ids": user_ids, "purposes": ["a", "b", "c"]}
     first, others = (user_ids[0], "a"), ((user_ids[1], "b"), (user_ids[2], "c"))
-    run(database, "budgets", "make_budgets", **subjects)
-    run(database, "budgets", "make_budgets", **subjects)
-    assert {(row["user_id"], row["purpose"]) for row in run(database, "budgets", "lock_budgets", **subjects)} == {
+    for _ in range(2):
+        run(database, "budgets", "lock_budgets", **subjects)
+    assert {(row["user_id"], row["purpose"]) for row in run(database, "budgets", "read_budgets", **subjects)} == {
         first,
         *others,
     }

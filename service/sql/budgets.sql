@@ -4,25 +4,20 @@
 -- A budget is locked before the tokens of its subject, everywhere: so that calls about one subject queue up here, and never
 -- wait for each other in a circle. The times are taken from clock_timestamp(), under that lock, so they stand in order.
 
--- name: make_budgets
--- See that budgets are there, and lock those that are: of two calls that are the first for their subject, the second waits
--- here. `do nothing` would lock nothing, and a clean-up could remove an old one before it is looked at.
+-- name: lock_budgets
+-- Lock budgets, and make those that are not there: of two calls that are the first for their subject, the second waits
+-- here. `do nothing` would lock nothing, and a clean-up could remove an old one before it is read.
 insert into onetime.budgets (user_id, purpose)
 select user_id, purpose
 from unnest(%(user_ids)s::uuid[], %(purposes)s::text[]) as r (user_id, purpose)
 order by user_id, purpose
 on conflict (user_id, purpose) do update set purpose = excluded.purpose where false
 
--- name: lock_budgets
--- Lock budgets, and tell how they stand.
-with locked as materialized (
-  select b.user_id, b.purpose, b.failures, b.failures_in_a_row, b.sends
-  from unnest(%(user_ids)s::uuid[], %(purposes)s::text[]) as r (user_id, purpose)
-  join onetime.budgets as b using (user_id, purpose)
-  order by b.user_id, b.purpose
-  for update of b
-)
-select user_id, purpose, failures, failures_in_a_row, sends, clock_timestamp() as now from locked
+-- name: read_budgets
+-- Tell how budgets stand that this transaction has locked.
+select b.user_id, b.purpose, b.failures, b.failures_in_a_row, b.sends, clock_timestamp() as now
+from unnest(%(user_ids)s::uuid[], %(purposes)s::text[]) as r (user_id, purpose)
+join onetime.budgets as b using (user_id, purpose)
 
 -- name: spend_sends
 -- Count one send on each budget.
