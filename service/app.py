@@ -31,15 +31,26 @@ from service import interceptors, metrics, migrations, reload
 from service.admin import Admin
 from service.callers import Callers, Contract
 from service.cleanup import Cleanup
-from service.config import Settings, SettingsError, load_keyring, option_of, parse_keys, parse_listen
+from service.config import (
+    Settings,
+    SettingsError,
+    load_keyring,
+    option_of,
+    parse_keys,
+    parse_listen,
+    parse_smtp_url,
+)
+from service.courier import Courier
 from service.crypto import Keyring, argon2_parameters
 from service.db import CONNECT_TIMEOUT_S, Database, load_queries
 from service.email_verification import EmailVerifications
 from service.errors import DatabaseUnavailable
 from service.fields import STORED_TYPES
 from service.hashing import Hashing
+from service.mail import Templates
 from service.one_time_tokens import OneTimeTokens
 from service.reload import ServerCertificate, Watched
+from service.smtp import Transport
 
 _LOG = logging.getLogger(__name__)
 _QUERIES = load_queries("app")
@@ -118,6 +129,7 @@ async def serve(
     """
     files = read_files(settings, plain_text=plain_text)
     ring, certificate = files.ring, files.certificate
+    courier = make_courier(settings, ring)
     adds_users = await prepare_database(settings, migrate=migrate)
     stop, hurry = asyncio.Event(), asyncio.Event()
 
@@ -132,6 +144,10 @@ async def serve(
         database = Database(settings.database_url, pool_size=settings.pool_size, after_write=cleanup.maybe)
         await database.open()
         stack.push_async_callback(_bounded, database.close)
+
+        if courier is not None:
+            await courier.open()
+            stack.push_async_callback(_bounded, courier.close)
 
         hashing = Hashing(threads=settings.argon2_threads, queue=settings.argon2_queue)
         stack.callback(hashing.close)
@@ -150,7 +166,9 @@ async def serve(
             ),
             (
                 email_verification_pb2_grpc.add_EmailVerificationServiceServicer_to_server,
-                EmailVerifications(settings, database, ring, adds_users=adds_users),
+                EmailVerifications(
+                    settings, database, ring, adds_users=adds_users, on_mail=courier.wake if courier else None
+                ),
             ),
             (admin_pb2_grpc.add_AdminServiceServicer_to_server, Admin(database)),
             (health_pb2_grpc.add_HealthServicer_to_server, health_servicer),
@@ -279,6 +297,30 @@ def read_files(settings: Settings, *, plain_text: bool) -> Files:
     if problems:
         raise SettingsError(problems)
     return Files(ring, callers, certificate, watched)
+
+
+def make_courier(settings: Settings, ring: Keyring) -> Courier | None:
+    """Return what sends mails, or None without a mail server.
+
+    Raises:
+        SettingsError: The templates are not right, or the mail server's authorities cannot be read.
+    """
+    problems: list[str] = []
+    templates = transport = None
+    try:
+        # Also without a mail server: whoever sets templates wants to hear of what is wrong with them.
+        templates = Templates(settings.mail_templates, locale=settings.mail_locale)
+    except ValueError as error:
+        problems += [f"mail_templates: {line}" for line in str(error).splitlines()]
+    server = parse_smtp_url(settings.smtp_url) if settings.smtp_url else None
+    if server is not None:
+        try:
+            transport = Transport(server, sender=settings.mail_from)
+        except ValueError as error:
+            problems.append(f"smtp_url: {error}")
+    if problems:
+        raise SettingsError(problems)
+    return Courier(settings, ring, server, transport, templates) if server and transport and templates else None
 
 
 async def prepare_database(settings: Settings, *, migrate: bool) -> bool:

@@ -40,6 +40,7 @@ _TABLES: Final = {
     "public.email_verification_tokens": "sweep_email_verification_tokens",
     "onetime.one_time_token_states": "sweep_one_time_token_states",
     "onetime.email_verification_states": "sweep_email_verification_states",
+    "onetime.outbox": "sweep_outbox",
     "onetime.receipts": "sweep_receipts",
     "onetime.budgets": "sweep_budgets",
 }

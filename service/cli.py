@@ -36,7 +36,7 @@ from service.config import (
     Settings,
     SettingsError,
     describe,
-    exposed_password,
+    exposed_passwords,
     load,
     option_of,
     variable_of,
@@ -141,10 +141,9 @@ def _load(
     defaults: Mapping[str, object] | None = None,
     plain_text: bool = False,
 ) -> Settings:
-    """Read the settings, and warn of a password that everybody can read."""
+    """Read the settings, and warn of passwords that everybody can read."""
     given = {name: value for name, value in options.items() if value is not None}
-    warning = exposed_password(given)
-    if warning:
+    for warning in exposed_passwords(given):
         click.echo(f"warning: {warning}", err=True)
     return load(given, require=require, defaults=defaults, plain_text=plain_text)
 

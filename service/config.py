@@ -8,6 +8,7 @@ It knows nothing of what the settings are for: a limit is stated here and kept e
 """
 
 import contextlib
+import dataclasses
 import difflib
 import ipaddress
 import os
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self, cast
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 import psycopg
 from psycopg.conninfo import conninfo_to_dict
@@ -33,6 +35,7 @@ from pydantic_settings import (
 )
 
 from service.crypto import Keyring
+from service.fields import mailbox
 
 ENV_PREFIX: Final = "ONETIME_"
 
@@ -41,6 +44,7 @@ OWASP_ARGON2: Final = ((47104, 1), (19456, 2), (12288, 3), (9216, 4), (7168, 5))
 
 _MAX_TTL: Final = timedelta(days=7)
 _LANE_KIB: Final = 8  # Argon2's own minimum (RFC 9106, 3.1)
+_LONGEST_PRODUCT: Final = 64
 _SHOWN: Final = 80  # characters of a wrong value
 
 _PURPOSES: Final = {
@@ -123,6 +127,75 @@ def parse_listen(text: str) -> tuple[str, int]:
     if found["v6"]:
         ipaddress.IPv6Address(found["v6"])
     return found["v6"] or found["host"], int(found["port"])
+
+
+@dataclass(frozen=True, slots=True)
+class MailServer:
+    """What a URL says of a mail server."""
+
+    host: str
+    port: int
+    tls: Literal["implicit", "starttls", "none"]
+    user: str | None
+    password: str | None = dataclasses.field(repr=False)
+    ca: Path | None
+    """The authorities of its certificate, in PEM; the system's if None."""
+    timeout: timedelta
+    """For each of its answers."""
+    connections: int
+    """To be open at once at most."""
+
+
+_SMTP_PORTS: Final = {"implicit": 465, "starttls": 587, "none": 25}
+_MAX_CONNECTIONS: Final = 100
+
+
+def parse_smtp_url(text: str) -> MailServer:
+    """Read `smtps://user:password@host:port?ca=...&timeout=...&connections=...`; of `smtp://`, `tls` as well.
+
+    Without `tls`, `smtp` demands STARTTLS, and on loopback does without.
+
+    Raises:
+        ValueError: It is none. The text quotes nothing of it, since there may be a password anywhere.
+    """
+    url = urlsplit(text)
+    asked = dict(parse_qsl(url.query, keep_blank_values=True, strict_parsing=bool(url.query)))
+    host = url.hostname or ""
+    if url.scheme not in ("smtp", "smtps") or not re.fullmatch(
+        r"[A-Za-z0-9._-]+|[0-9a-f:.]*:[0-9a-f:.]*", host, re.ASCII
+    ):
+        raise ValueError("smtp://host or smtps://host is right")
+    if url.path not in ("", "/") or url.fragment:
+        raise ValueError("it has no path; in a password, write / as %2F, ? as %3F, # as %23 and @ as %40")
+    tls = asked.pop("tls", None) or ("none" if is_loopback(host) else "starttls")
+    if url.scheme == "smtps":
+        tls = "implicit"
+    if tls not in _SMTP_PORTS:
+        raise ValueError("tls=starttls or tls=none is right")
+    user, password = (unquote(part) if part is not None else None for part in (url.username, url.password))
+    if bool(user) != bool(password):
+        raise ValueError("a user and a password are right, or neither")
+    if user and tls == "none" and not is_loopback(host):
+        raise ValueError("a password must not travel in plain text: leave out tls=none")
+    ca = asked.pop("ca", None)
+    timeout = parse_duration(asked.pop("timeout", "10s"))
+    connections = asked.pop("connections", "4")
+    if not timedelta(milliseconds=100) <= timeout <= timedelta(minutes=1):
+        raise ValueError("a timeout from 100ms to 1m is right")
+    if not re.fullmatch("[0-9]{1,3}", connections) or not 1 <= int(connections) <= _MAX_CONNECTIONS:
+        raise ValueError(f"1 to {_MAX_CONNECTIONS} connections are right")
+    if asked:
+        raise ValueError("after the question mark, tls, ca, timeout and connections are right")
+    return MailServer(
+        host=host,
+        port=url.port or _SMTP_PORTS[tls],
+        tls=cast("Literal['implicit', 'starttls', 'none']", tls),
+        user=user or None,
+        password=password or None,
+        ca=Path(ca) if ca else None,
+        timeout=timeout,
+        connections=int(connections),
+    )
 
 
 def is_loopback(host: str) -> bool:
@@ -402,6 +475,43 @@ class Settings(BaseSettings):
     email_verification_max_ttl: Duration = _max_ttl("15m", "an email verification")
     email_verification_lifetime: Duration = _lifetime("15m", "an email verification")
 
+    # Mail
+
+    smtp_url: str | None = _setting(
+        None,
+        "The mail server that codes are sent with; none are sent if unset. `smtps` is TLS from the start, `smtp`"
+        " demands STARTTLS except on loopback. Behind a `?`: ca=FILE, timeout=10s, connections=4, tls=none. Never put"
+        " a password on the command line.",
+        right="smtps://user:password@host or smtp://user:password@host:587",
+        group="Mail",
+        repr=False,  # it may hold a password
+    )
+    mail_from: str = _setting(
+        "no-reply@localhost",
+        "The address that mails come from.",
+        right="an address such as no-reply@example.com",
+        group="Mail",
+    )
+    mail_product: str = _setting(
+        "onetime",
+        "What mails call the product that the code is for. They come in its name.",
+        right="1 to 64 printable characters",
+        group="Mail",
+    )
+    mail_locale: str = _setting(
+        "en",
+        "The language of mails where a call asks for none, or for one without a template.",
+        right='a language with a template, such as "en",',
+        group="Mail",
+    )
+    mail_templates: Path | None = _setting(
+        None,
+        "A folder of templates that go before our own; `onetime mail preview --help` tells how.",
+        right="a path",
+        group="Mail",
+    )
+    mail_tries: Number = _whole(10, "How often sending a mail is tried before it is given up.", 1, 100, group="Mail")
+
     # Clean-up
 
     cleanup_probability: Fraction = _setting(
@@ -473,6 +583,31 @@ class Settings(BaseSettings):
         if not re.fullmatch(r"\d{1,5}(,\d{1,5})*", port, re.ASCII):
             raise ValueError("not a URL")
         return value
+
+    @field_validator("smtp_url")
+    @classmethod
+    def _smtp_url_form(cls, value: str | None) -> str | None:
+        if value is not None:
+            try:
+                parse_smtp_url(value)
+            except ValueError as error:
+                raise _WrongError(str(error)) from None
+        return value
+
+    @field_validator("mail_from")
+    @classmethod
+    def _mail_from_form(cls, value: str, info: ValidationInfo) -> str:
+        smtp_url = info.data.get("smtp_url")
+        if smtp_url and value.endswith("@localhost") and not is_loopback(parse_smtp_url(smtp_url).host):
+            raise _WrongError("no mail server takes mail from there: an address such as no-reply@example.com is right")
+        return mailbox(value)
+
+    @field_validator("mail_product")
+    @classmethod
+    def _mail_product_form(cls, value: str) -> str:
+        if not value.strip() or len(value) > _LONGEST_PRODUCT or not value.isprintable():
+            raise ValueError("not a name")
+        return value.strip()
 
     @field_validator("keys")
     @classmethod
@@ -798,16 +933,24 @@ def _read_file(path: Path) -> tuple[Mapping[str, Any], list[str]]:
     return {name: value for name, value in content.items() if name in right}, sorted(problems)
 
 
-def exposed_password(options: Mapping[str, object]) -> str | None:
-    """Return what to say if the command line holds the database's password, where every user can read it."""
+def exposed_passwords(options: Mapping[str, object]) -> list[str]:
+    """Return what to say of each password that the command line holds, where every user can read it."""
     try:
-        parts = conninfo_to_dict(str(options.get("database_url", "")))
+        database = conninfo_to_dict(str(options.get("database_url", ""))).get("password")
     except psycopg.Error:
-        return None  # told as malformed
-    if not parts.get("password"):
-        return None
-    right = f"{variable_of('database_url')}, the TOML file or a password file (PGPASSFILE) is right"
-    return f"{option_of('database_url')}: its password can be read by every user of this machine; {right}"
+        database = None  # told as malformed
+    try:
+        mail = urlsplit(str(options.get("smtp_url", ""))).password
+    except ValueError:
+        mail = None  # as above
+    read = "its password can be read by every user of this machine;"
+    lines = []
+    if database:
+        right = f"{variable_of('database_url')}, the TOML file or a password file (PGPASSFILE) is right"
+        lines.append(f"{option_of('database_url')}: {read} {right}")
+    if mail:
+        lines.append(f"{option_of('smtp_url')}: {read} {variable_of('smtp_url')} or the TOML file is right")
+    return lines
 
 
 # Documentation

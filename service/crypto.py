@@ -73,6 +73,7 @@ class Key:
     email_code: bytes = field(init=False, compare=False)
     fingerprint: bytes = field(init=False, compare=False)
     answer: AESGCM = field(init=False, compare=False)
+    address: AESGCM = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
         """Check the form, and derive a sub-key for each purpose."""
@@ -83,7 +84,8 @@ class Key:
             raise ValueError(f"key {self.id}: {KEY_BYTES} bytes in base64url (43 characters) are right")
         for purpose in ("link", "code", "email_token", "email_code", "fingerprint"):
             object.__setattr__(self, purpose, self._derive(purpose))
-        object.__setattr__(self, "answer", AESGCM(self._derive("answer")))
+        for purpose in ("answer", "address"):
+            object.__setattr__(self, purpose, AESGCM(self._derive(purpose)))
 
     def _derive(self, purpose: str) -> bytes:
         # The ring's keys are uniformly random, so HKDF's extraction step has nothing to add (RFC 5869, 3.3).
@@ -231,9 +233,8 @@ class Keyring:
 
     def seal_answer(self, answer: bytes, *, place: str) -> bytes:
         """Encrypt an answer that is kept for retries, bound to the row that it lies in."""
-        nonce = secrets.token_bytes(_NONCE_BYTES)
         key = self._maker
-        return key.id.encode() + b"." + nonce + key.answer.encrypt(nonce, answer, _frame("answer", key.id, place))
+        return _seal(key, key.answer, answer, _frame("answer", key.id, place))
 
     def open_answer(self, sealed: bytes, *, place: str) -> bytes:
         """Return what `seal_answer` hid.
@@ -241,16 +242,45 @@ class Keyring:
         Raises:
             KeyError: The ring no longer has its key, or it was not made for this place.
         """
-        key_id, _, rest = sealed.partition(b".")
-        key = self._by_id[key_id.decode("ascii", "replace")]
-        try:
-            return key.answer.decrypt(rest[:_NONCE_BYTES], rest[_NONCE_BYTES:], _frame("answer", key.id, place))
-        except InvalidTag as error:
-            raise KeyError("not sealed for this place") from error
+        key = self._key_of(sealed)
+        return _open(key.answer, sealed, _frame("answer", key.id, place))
+
+    # The outbox
+
+    def seal_address(self, address: str, *, row_id: uuid.UUID) -> bytes:
+        """Encrypt an address that mail is to be sent to, bound to the row of the outbox that it lies in."""
+        key = self._maker
+        return _seal(key, key.address, address.encode(), _frame("address", key.id, row_id.bytes))
+
+    def open_address(self, sealed: bytes, *, row_id: uuid.UUID) -> str:
+        """Return what `seal_address` hid.
+
+        Raises:
+            KeyError: The ring no longer has its key, or it was not made for this row.
+        """
+        key = self._key_of(sealed)
+        return _open(key.address, sealed, _frame("address", key.id, row_id.bytes)).decode()
+
+    def _key_of(self, sealed: bytes) -> Key:
+        return self._by_id[sealed.partition(b".")[0].decode("ascii", "replace")]
 
     def key(self, key_id: str) -> Key:
         """Return a key by its id, or raise KeyError."""
         return self._by_id[key_id]
+
+
+def _seal(key: Key, cipher: AESGCM, content: bytes, bound_to: bytes) -> bytes:
+    """Encrypt under a key that the result names."""
+    nonce = secrets.token_bytes(_NONCE_BYTES)
+    return key.id.encode() + b"." + nonce + cipher.encrypt(nonce, content, bound_to)
+
+
+def _open(cipher: AESGCM, sealed: bytes, bound_to: bytes) -> bytes:
+    rest = sealed.partition(b".")[2]
+    try:
+        return cipher.decrypt(rest[:_NONCE_BYTES], rest[_NONCE_BYTES:], bound_to)
+    except (InvalidTag, ValueError) as error:  # ValueError: too short to hold a nonce
+        raise KeyError("not sealed for this place") from error
 
 
 def _link_hash(key: Key, token_type: str, secret: str) -> str:
@@ -299,6 +329,11 @@ def equal(presented: str, stored: str) -> bool:
 def chance(probability: float) -> bool:
     """Return true with this probability."""
     return secrets.randbelow(10**9) < probability * 10**9
+
+
+def jittered(seconds: float) -> float:
+    """Return a time that is up to a quarter shorter or longer, so that those who wait do not all come at once."""
+    return seconds * (0.75 + secrets.randbelow(10**6) / 10**6 / 2)
 
 
 # API keys

@@ -9,7 +9,7 @@ however many arrive at once.
 """
 
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -20,7 +20,7 @@ from onetime.v1 import email_verification_pb2 as pb
 from onetime.v1 import email_verification_pb2_grpc as pb_grpc
 from psycopg.errors import ForeignKeyViolation
 
-from service import budgets
+from service import budgets, outbox
 from service.call import about, current_call
 from service.config import Settings
 from service.crypto import EMAIL_CODE_LENGTH, Keyring, equal, new_code, new_email_token
@@ -30,6 +30,7 @@ from service.errors import (
     CallerNotAllowed,
     CodeMismatch,
     CredentialError,
+    InvalidRequest,
     MailNotConfigured,
     TokenCancelled,
     TokenExpired,
@@ -53,6 +54,23 @@ _REFUSALS: Final[Mapping[pb.State.ValueType, type[CredentialError]]] = {
     pb.STATE_LOCKED: AttemptsExhausted,
 }
 """What a verification that is not pending answers."""
+
+_DELIVERY_STATES: Final[Mapping[str | None, pb.DeliveryState.ValueType]] = {
+    None: pb.DELIVERY_STATE_UNSPECIFIED,
+    "queued": pb.DELIVERY_STATE_QUEUED,
+    "sent": pb.DELIVERY_STATE_SENT,
+    "failed": pb.DELIVERY_STATE_FAILED,
+}
+
+_DELIVERY_FAILURES: Final[Mapping[str | None, pb.DeliveryFailure.ValueType]] = {
+    None: pb.DELIVERY_FAILURE_UNSPECIFIED,
+    "address_refused": pb.DELIVERY_FAILURE_ADDRESS_REFUSED,
+    "message_refused": pb.DELIVERY_FAILURE_MESSAGE_REFUSED,
+    "service_refused": pb.DELIVERY_FAILURE_SERVICE_REFUSED,
+    "deferred": pb.DELIVERY_FAILURE_DEFERRED,
+    "unreachable": pb.DELIVERY_FAILURE_UNREACHABLE,
+    "verification_over": pb.DELIVERY_FAILURE_VERIFICATION_OVER,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,17 +121,37 @@ class _NewVerification:
     token: str
     token_hash: str
     code: str
+    address: str | None
+    """Where to mail the code; None if it is returned."""
+    locale: str
 
 
 class EmailVerifications(pb_grpc.EmailVerificationServiceServicer):
     """The servicer. See the proto for what each rpc promises."""
 
-    def __init__(self, settings: Settings, database: Database, ring: Keyring, *, adds_users: bool) -> None:
-        """Take what the calls share. `adds_users`: public.users is our own, so that unknown users are added to it."""
+    def __init__(
+        self,
+        settings: Settings,
+        database: Database,
+        ring: Keyring,
+        *,
+        adds_users: bool,
+        on_mail: Callable[[], None] | None,
+    ) -> None:
+        """Take what the calls share.
+
+        Args:
+            settings: Checked settings.
+            database: Where everything is.
+            ring: The keys.
+            adds_users: Whether public.users is our own, so that unknown users are added to it.
+            on_mail: Called when a mail has been queued; None if there is no mail server.
+        """
         self._settings = settings
         self._database = database
         self._ring = ring
         self._adds_users = adds_users
+        self._on_mail = on_mail
 
     async def StartEmailVerification(
         self, request: pb.StartEmailVerificationRequest, context: Context
@@ -125,8 +163,9 @@ class EmailVerifications(pb_grpc.EmailVerificationServiceServicer):
         delivery = request.WhichOneof("delivery")
         if delivery is None:
             fields.refuse("delivery", "return_code or send_email is required")
+        address = None
         if delivery == "send_email":
-            fields.address("send_email.email", request.send_email.email)
+            address = fields.mailbox("send_email.email", request.send_email.email)
             fields.locale("send_email.locale", request.send_email.locale)
         lifetime, ceiling = self._settings.lifetime("email_verification")
         ttl = fields.ttl(request.ttl if request.HasField("ttl") else None, default=lifetime, ceiling=ceiling)
@@ -135,7 +174,7 @@ class EmailVerifications(pb_grpc.EmailVerificationServiceServicer):
         permissions = current_call.get().permissions
         if not (permissions.return_code if delivery == "return_code" else permissions.send_email):
             raise CallerNotAllowed(f"the policy does not let this caller use {delivery}")
-        if delivery == "send_email":
+        if address is not None and self._on_mail is None:
             raise MailNotConfigured
 
         token = new_email_token()
@@ -146,6 +185,8 @@ class EmailVerifications(pb_grpc.EmailVerificationServiceServicer):
             token=token,
             token_hash=self._ring.email_token_hash(token),
             code=new_code(EMAIL_CODE_LENGTH),
+            address=address,
+            locale=request.send_email.locale,
         )
         return await self._database.run(partial(self._start, Intent.of(self._ring, request, request_id), new))
 
@@ -167,9 +208,11 @@ class EmailVerifications(pb_grpc.EmailVerificationServiceServicer):
             "sealed_codes": [self._seal(new.code, new.id, new.user_id, new.token_hash)],
             "ttls": [new.ttl.total_seconds()],
             "callers": [intent.caller],
-            "deliveries": ["return_code"],
+            "deliveries": ["return_code" if new.address is None else "send_email"],
         }
         statements: list[tuple[str, Params]] = [(_QUERIES["start_verifications"], params)]
+        if new.address is not None:
+            statements.insert(0, outbox.queue(self._ring, new.id, address=new.address, locale=new.locale))
         if not users:
             statements.insert(0, (_QUERIES["add_users"], {"user_ids": [new.user_id]}))
         try:
@@ -183,9 +226,22 @@ class EmailVerifications(pb_grpc.EmailVerificationServiceServicer):
             raise UserNotFound
         (row,) = rows
         _about(row)
-        return pb.StartEmailVerificationResponse(
-            verification=self._verification(row), email_verification_token=new.token, code=new.code
+        if new.address is not None:
+            self._mail_queued()
+            row = {**row, "delivery_state": "queued"}
+        return self._started(row, new.token, new.code)
+
+    def _started(self, row: Row, token: str, code: str) -> pb.StartEmailVerificationResponse:
+        response = pb.StartEmailVerificationResponse(
+            verification=self._verification(row), email_verification_token=token
         )
+        if row["delivery"] == "return_code":
+            response.code = code
+        return response
+
+    def _mail_queued(self) -> None:
+        if self._on_mail is not None:
+            self._on_mail()
 
     async def _restart(
         self, row_id: uuid.UUID, new: _NewVerification, transaction: Transaction
@@ -202,9 +258,7 @@ class EmailVerifications(pb_grpc.EmailVerificationServiceServicer):
             "sealed_codes": [self._seal(code, row_id, row["user_id"], new.token_hash)],
         }
         rows, *_ = await transaction.commit((_QUERIES["refresh_verifications"], params))
-        return pb.StartEmailVerificationResponse(
-            verification=self._verification({**row, **rows[0]}), email_verification_token=new.token, code=code
-        )
+        return self._started({**row, **rows[0]}, new.token, code)
 
     async def VerifyCode(self, request: pb.VerifyCodeRequest, context: Context) -> pb.VerifyCodeResponse:
         """Accept token and code once."""
@@ -251,11 +305,11 @@ class EmailVerifications(pb_grpc.EmailVerificationServiceServicer):
             raise mismatch
         use: tuple[str, Params] = (_QUERIES["use_verifications"], {"ids": [row["id"]]})
         run_ends = [budgets.end_run(subject, None)] if row["failures_in_a_row"] else []
-        used, *_ = await transaction.commit(use, *run_ends, *intent.settle(row["id"]))
+        used, *_, mails = await transaction.commit(use, *intent.settle(row["id"]), *run_ends, *_end_mail(row))
         if not used:
             # It expired between the lock and the update.
             raise TokenExpired
-        return {**row, **used[0]}
+        return {**row, **used[0], **_mail_of(row, mails)}
 
     async def ResendCode(self, request: pb.ResendCodeRequest, context: Context) -> pb.ResendCodeResponse:
         """Send the same code again."""
@@ -279,13 +333,20 @@ class EmailVerifications(pb_grpc.EmailVerificationServiceServicer):
         wait = row["last_sent_at"] + self._settings.send_interval - row["now"]
         if wait > timedelta():
             raise TooSoon(wait.total_seconds())
+        by_mail = row["delivery"] == "send_email"
+        if by_mail and self._on_mail is None:
+            raise MailNotConfigured
         budgets.refuse_sends(self._settings, row)
         response = self._resent(row)
-        await transaction.commit(
+        *_, mails = await transaction.commit(
             budgets.spend(self._settings, (row["user_id"], budgets.EMAIL_VERIFICATION)),
             (_QUERIES["mark_resent"], {"token_hashes": [row["token_hash"]]}),
             *intent.settle(row["id"]),
+            *([outbox.requeue(row["id"])] if by_mail else []),
         )
+        if by_mail:
+            self._mail_queued()
+            response.verification.CopyFrom(self._verification({**row, **_mail_of(row, mails)}))
         return response
 
     def _resent(self, row: Row) -> pb.ResendCodeResponse:
@@ -309,6 +370,8 @@ class EmailVerifications(pb_grpc.EmailVerificationServiceServicer):
 
     async def _mark_code_sent(self, key: _Key, transaction: Transaction) -> Row:
         row = key.locked(await transaction.fetch(*key.lock()))
+        if row["delivery"] == "send_email":
+            raise InvalidRequest({"id": "a verification that was started with return_code is required"})
         self._refuse_unless_pending(row)
         if row["code_sent"]:
             return row
@@ -339,8 +402,9 @@ class EmailVerifications(pb_grpc.EmailVerificationServiceServicer):
             raise TokenUsed
         if row["deleted_at"] is not None:
             return row
-        rows, *_ = await transaction.commit((_QUERIES["cancel_verifications"], {"ids": [row["id"]]}))
-        return {**row, **rows[0]}
+        cancel: tuple[str, Params] = (_QUERIES["cancel_verifications"], {"ids": [row["id"]]})
+        rows, *_, mails = await transaction.commit(cancel, *_end_mail(row))
+        return {**row, **rows[0], **_mail_of(row, mails)}
 
     def _key(self, request: pb.GetEmailVerificationRequest | pb.CancelEmailVerificationRequest) -> _Key:
         """Return which verification a request means, by id or by token."""
@@ -408,7 +472,19 @@ class EmailVerifications(pb_grpc.EmailVerificationServiceServicer):
             use_time=row["used_at"],
             delete_time=row["deleted_at"],
             attempts_remaining=self._attempts_remaining(row),
+            delivery_state=_DELIVERY_STATES[row["delivery_state"]],
+            delivery_failure=_DELIVERY_FAILURES[row["delivery_failure"]],
         )
+
+
+def _end_mail(row: Row) -> list[tuple[str, Params]]:
+    """Return the statement for a verification that is over: its code is not mailed any more."""
+    return [outbox.end(row["id"])] if row["delivery"] == "send_email" else []
+
+
+def _mail_of(row: Row, mails: Sequence[Row]) -> Row:
+    """Return how the mail stands, of what the last statement gave, which was about a mail if there is one."""
+    return mails[0] if mails and row["delivery"] == "send_email" else {}
 
 
 def _about(row: Row) -> None:

@@ -9,10 +9,14 @@ import uuid
 from datetime import timedelta
 from typing import Final
 
+import email_validator
 from google.protobuf.duration_pb2 import Duration
 from onetime.v1 import one_time_tokens_pb2 as pb
 
 from service.errors import InvalidRequest
+
+# Which hosts take mail is the mail server's business: in a network of one's own, .local and .test may well.
+email_validator.SPECIAL_USE_DOMAIN_NAMES.clear()
 
 STORED_TYPES: Final = {
     pb.TOKEN_TYPE_CONFIRMATION: "confirmation_token",
@@ -38,6 +42,64 @@ _NIL: Final = uuid.UUID(int=0)
 _MOST_VIOLATIONS: Final = 10
 """More than any message has fields. A repeated field may hold thousands of faults, and clients drop a refusal with
 more than 8 KiB of metadata, its reason too."""
+
+
+_LOOK_ALIKES: Final = {
+    "CYRILLIC": frozenset(
+        "\u0430\u0441\u0501\u0435\u04bb\u0456\u0458\u04cf\u043e\u0440\u0517\u051b\u0455\u051d\u0445\u0443\u044a\u044c\u04bd\u043f\u0433\u0475\u0461"
+    ),
+    "GREEK": frozenset("\u03b1\u03b9\u03ba\u03bd\u03c1\u03c5\u03c9\u03b7\u03bf\u03c4\u03f2"),
+}
+"""Small letters that most fonts draw like Latin ones: in a word of these alone, nobody sees the other script."""
+
+_EAST_ASIAN: Final = ({"CJK", "HIRAGANA", "KATAKANA"}, {"CJK", "BOPOMOFO"}, {"CJK", "HANGUL"})
+"""Scripts that are written together, and with Latin (Unicode TR 39, "highly restrictive")."""
+
+
+def mailbox(text: str) -> str:
+    """Return an address that mail can be sent to: the local part as it stands, the domain in ASCII (A-labels).
+
+    What Unicode would turn into another address is refused, and so is what people would take for another one, since
+    the code would go to somebody else than they read. No address is looked up.
+
+    Raises:
+        ValueError: It is none, or looks like another. The text says what is right, and quotes nothing of it.
+    """
+    normal = unicodedata.normalize("NFC", text.strip())
+    if unicodedata.normalize("NFKC", normal) != normal:
+        raise ValueError("an address whose characters NFKC leaves as they are is right")
+    try:
+        found = email_validator.validate_email(
+            normal,
+            allow_quoted_local=False,
+            allow_domain_literal=False,
+            allow_display_name=False,
+            check_deliverability=False,
+            globally_deliverable=False,  # an internal service may mail to hosts of its own network
+        )
+    except email_validator.EmailNotValidError:
+        # Its text quotes the address.
+        raise ValueError("one address, such as ada@example.com, without a name, quotes or comments is right") from None
+    last = found.domain.rpartition(".")[2]
+    for label in (found.local_part, *found.domain.split(".")):
+        if _deceives(label.lower(), last):
+            raise ValueError("an address is right of whose parts none mixes scripts or looks like one in Latin letters")
+    return f"{found.local_part}@{found.ascii_domain}"
+
+
+def _deceives(label: str, last: str) -> bool:
+    """Tell whether a part of an address may look like another one. `last` is the domain's last label."""
+    scripts = _scripts(label)
+    if len(scripts) > 1:
+        return not any(scripts - {"LATIN"} <= written_together for written_together in _EAST_ASIAN)
+    (script,) = scripts or {"LATIN"}
+    letters = {character for character in label if character.isalpha()}
+    return letters <= _LOOK_ALIKES.get(script, frozenset()) and _scripts(last) != scripts
+
+
+def _scripts(label: str) -> set[str]:
+    """Return the scripts of a label's letters. Unicode names a letter by its script first."""
+    return {unicodedata.name(character, "?").split()[0] for character in label if character.isalpha()}
 
 
 class Fields:
@@ -121,6 +183,14 @@ class Fields:
         if any(unicodedata.category(character) in _REFUSED_CATEGORIES for character in normal):
             self.refuse(field, "an address without control characters is required")
         return normal
+
+    def mailbox(self, field: str, value: str) -> str:
+        """Check an address that mail is to be sent to, and return the form to send to."""
+        try:
+            return mailbox(value)
+        except ValueError as error:
+            self.refuse(field, str(error))
+            return ""
 
     def locale(self, field: str, value: str) -> str:
         """Check a language tag, which may be left out."""

@@ -55,6 +55,23 @@ ARGON2_HASHES: Final = Counter("onetime_argon2_hashes", "Argon2 hashes made and 
 ARGON2_BUSY: Final = Gauge("onetime_argon2_busy", "Threads that make an Argon2 hash.", registry=REGISTRY)
 ARGON2_QUEUED: Final = Gauge("onetime_argon2_queued", "Codes that wait for such a thread.", registry=REGISTRY)
 
+MAILS: Final = Counter(
+    "onetime_mails",
+    "Tries to send a mail: sent, to be tried again (retry), given up (failed), or not wanted any more (withdrawn).",
+    ("outcome", "failure"),
+    registry=REGISTRY,
+)
+MAIL_SECONDS: Final = Histogram(
+    "onetime_mail_seconds",
+    "From a mail's queueing to its acceptance by the mail server.",
+    buckets=(*_BUCKETS, 30.0, 60.0, 300.0, 900.0),
+    registry=REGISTRY,
+)
+MAILS_QUEUED: Final = Gauge("onetime_mails_queued", "Mails that are to be sent, by any server.", registry=REGISTRY)
+MAILS_OLDEST: Final = Gauge(
+    "onetime_mails_oldest_seconds", "For how long the oldest of them has been queued.", registry=REGISTRY
+)
+
 RELOADS: Final = Counter("onetime_reloads", "Changed files that were put in force.", ("file",), registry=REGISTRY)
 RELOAD_FAILURES: Final = Counter(
     "onetime_reload_failures", "Changed files that were not right.", ("file",), registry=REGISTRY

@@ -13,7 +13,7 @@ from service.config import (
     Settings,
     SettingsError,
     describe,
-    exposed_password,
+    exposed_passwords,
     format_duration,
     is_cheap,
     load,
@@ -189,12 +189,12 @@ def test_a_wrong_database_url_is_not_shown(monkeypatch: pytest.MonkeyPatch, url:
 def test_a_password_on_the_command_line_is_noticed() -> None:
     """Every user of the machine can read it there; the warning does not repeat it."""
     for url in ("postgresql://app:geheim@db/d", "host=db password=geheim", "postgresql://db/d?password=geheim"):
-        warning = exposed_password({"database_url": url})
+        warning = exposed_passwords({"database_url": url})
         assert warning is not None
         assert "--database-url: its password can be read by every user" in warning
         assert "geheim" not in warning
     for url in ("postgresql://app@db/d", "postgresql://app:@db/d", "", "not a url"):
-        assert exposed_password({"database_url": url}) is None
+        assert exposed_passwords({"database_url": url}) is None
 
 
 def test_secrets_are_in_no_representation(monkeypatch: pytest.MonkeyPatch) -> None:

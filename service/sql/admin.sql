@@ -30,7 +30,7 @@ with token as (
 select count(*) as purged from token
 
 -- name: purge_verifications
--- Delete these users' email verifications, ours and others', with their states.
+-- Delete these users' email verifications, ours and others', with their states and mails.
 with verification as (
   delete from public.email_verification_tokens as t where t.user_id = any (%(user_ids)s::uuid[])
   returning t.id, t.email_verification_token
@@ -38,6 +38,10 @@ with verification as (
   delete from onetime.email_verification_states as s
   using verification as v
   where s.token_hash = v.email_verification_token
+), mail as (
+  delete from onetime.outbox as o
+  using verification as v
+  where o.verification_id = v.id
 )
 select count(*) as purged from verification
 

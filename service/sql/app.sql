@@ -12,6 +12,7 @@ with used as (
     ('onetime', 'one_time_token_states', array['SELECT', 'INSERT', 'UPDATE', 'DELETE']),
     ('onetime', 'email_verification_states', array['SELECT', 'INSERT', 'UPDATE', 'DELETE']),
     ('onetime', 'budgets', array['SELECT', 'INSERT', 'UPDATE', 'DELETE']),
+    ('onetime', 'outbox', array['SELECT', 'INSERT', 'UPDATE', 'DELETE']),
     ('onetime', 'receipts', array['SELECT', 'INSERT', 'UPDATE', 'DELETE']),
     ('onetime', 'sweep_cursors', array['SELECT', 'INSERT', 'UPDATE']),
     ('onetime', 'schema_migrations', array['SELECT']),

@@ -107,6 +107,9 @@ with dead as materialized (
 ), state as (
   delete from onetime.email_verification_states as s
   where s.ctid = any (array(select d.state_place from dead as d join token using (id)))
+), mail as (
+  delete from onetime.outbox as o
+  where o.verification_id = any (array(select token.id from token))
 )
 select count(*) as removed from token
 
@@ -142,6 +145,22 @@ with dead as materialized (
   returning true
 )
 select count(*) as removed from state
+
+-- name: sweep_outbox
+-- Mails whose verification the host has deleted; the grace as above.
+with dead as materialized (
+  select o.ctid as place
+  from onetime.outbox as o
+  where o.ctid >= %(first)s::tid and o.ctid < %(end)s::tid
+    and o.queued_at <= clock_timestamp() - make_interval(secs => %(grace)s)
+    and (select true from public.email_verification_tokens as t where t.id = o.verification_id) is null
+  for update of o skip locked
+), mail as (
+  delete from onetime.outbox as o
+  where o.ctid = any (array(select d.place from dead as d))
+  returning true
+)
+select count(*) as removed from mail
 
 -- name: sweep_receipts
 -- Receipts after their retention.

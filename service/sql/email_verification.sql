@@ -39,7 +39,7 @@ with request as materialized (
 )
 select
   r.ord, t.id, t.user_id, t.code_sent, t.created_at, t.updated_at, t.expires_at, t.used_at, t.deleted_at,
-  s.failed_attempts, s.caller, s.delivery, false as expired
+  s.failed_attempts, s.caller, s.delivery, null as delivery_state, null as delivery_failure, false as expired
 from request as r
 join token as t using (id)
 join state as s using (id)
@@ -50,7 +50,7 @@ join state as s using (id)
 select
   r.ord, t.id, t.user_id, t.email_verification_token as token_hash, t.code as sealed_code, t.code_sent,
   t.created_at, t.updated_at, t.expires_at, t.used_at, t.deleted_at,
-  s.failed_attempts, s.caller, s.delivery,
+  s.failed_attempts, s.caller, s.delivery, o.state as delivery_state, o.failure as delivery_failure,
   t.expires_at <= clock_timestamp() as expired
 from unnest(
   %(ords)s::int[], %(ids)s::uuid[], %(token_hashes)s::text[], %(callers)s::text[]
@@ -59,6 +59,7 @@ join public.email_verification_tokens as t on t.id = coalesce(
   r.id, (select f.id from onetime.email_verification_states as f where f.token_hash = r.token_hash)
 )
 join onetime.email_verification_states as s on s.token_hash = t.email_verification_token and s.id = t.id
+left join onetime.outbox as o on o.verification_id = t.id and s.delivery = 'send_email'
 where r.caller is null or s.caller = r.caller
 
 -- name: lock_verifications
@@ -95,11 +96,12 @@ with found as materialized (
 select
   l.ord, l.id, l.user_id, l.token_hash, l.sealed_code, l.code_sent,
   l.created_at, l.updated_at, l.expires_at, l.used_at, l.deleted_at,
-  l.failed_attempts, l.caller, l.delivery, l.last_sent_at,
+  l.failed_attempts, l.caller, l.delivery, l.last_sent_at, o.state as delivery_state, o.failure as delivery_failure,
   l.expires_at <= clock_timestamp() as expired,
   b.failures, b.failures_in_a_row, b.sends, clock_timestamp() as now
 from locked as l
 left join budget as b using (user_id)
+left join onetime.outbox as o on o.verification_id = l.id and l.delivery = 'send_email'
 
 -- name: use_verifications
 -- Spend verifications that this transaction has locked and whose codes it has found right.

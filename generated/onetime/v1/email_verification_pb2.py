@@ -26,7 +26,7 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#onetime/v1/email_verification.proto\x12\nonetime.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xf3\x02\n\x11\x45mailVerification\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07user_id\x18\x02 \x01(\t\x12 \n\x05state\x18\x03 \x01(\x0e\x32\x11.onetime.v1.State\x12\x11\n\tcode_sent\x18\x04 \x01(\x08\x12/\n\x0b\x63reate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08use_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x64\x65lete_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x1a\n\x12\x61ttempts_remaining\x18\n \x01(\x05\"\x0c\n\nReturnCode\"/\n\tSendEmail\x12\x12\n\x05\x65mail\x18\x01 \x01(\tB\x03\x80\x01\x01\x12\x0e\n\x06locale\x18\x02 \x01(\t\"\xd4\x01\n\x1dStartEmailVerificationRequest\x12\x0f\n\x07user_id\x18\x01 \x01(\t\x12-\n\x0breturn_code\x18\x02 \x01(\x0b\x32\x16.onetime.v1.ReturnCodeH\x00\x12+\n\nsend_email\x18\x03 \x01(\x0b\x32\x15.onetime.v1.SendEmailH\x00\x12&\n\x03ttl\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x12\n\nrequest_id\x18\x05 \x01(\tB\n\n\x08\x64\x65livery\"\x8f\x01\n\x1eStartEmailVerificationResponse\x12\x33\n\x0cverification\x18\x01 \x01(\x0b\x32\x1d.onetime.v1.EmailVerification\x12%\n\x18\x65mail_verification_token\x18\x02 \x01(\tB\x03\x80\x01\x01\x12\x11\n\x04\x63ode\x18\x03 \x01(\tB\x03\x80\x01\x01\"a\n\x11VerifyCodeRequest\x12%\n\x18\x65mail_verification_token\x18\x01 \x01(\tB\x03\x80\x01\x01\x12\x11\n\x04\x63ode\x18\x02 \x01(\tB\x03\x80\x01\x01\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"I\n\x12VerifyCodeResponse\x12\x33\n\x0cverification\x18\x01 \x01(\x0b\x32\x1d.onetime.v1.EmailVerification\"N\n\x11ResendCodeRequest\x12%\n\x18\x65mail_verification_token\x18\x01 \x01(\tB\x03\x80\x01\x01\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"\\\n\x12ResendCodeResponse\x12\x33\n\x0cverification\x18\x01 \x01(\x0b\x32\x1d.onetime.v1.EmailVerification\x12\x11\n\x04\x63ode\x18\x02 \x01(\tB\x03\x80\x01\x01\"!\n\x13MarkCodeSentRequest\x12\n\n\x02id\x18\x01 \x01(\t\"K\n\x14MarkCodeSentResponse\x12\x33\n\x0cverification\x18\x01 \x01(\x0b\x32\x1d.onetime.v1.EmailVerification\"[\n\x1bGetEmailVerificationRequest\x12\x0c\n\x02id\x18\x01 \x01(\tH\x00\x12\'\n\x18\x65mail_verification_token\x18\x02 \x01(\tB\x03\x80\x01\x01H\x00\x42\x05\n\x03key\"S\n\x1cGetEmailVerificationResponse\x12\x33\n\x0cverification\x18\x01 \x01(\x0b\x32\x1d.onetime.v1.EmailVerification\"^\n\x1e\x43\x61ncelEmailVerificationRequest\x12\x0c\n\x02id\x18\x01 \x01(\tH\x00\x12\'\n\x18\x65mail_verification_token\x18\x02 \x01(\tB\x03\x80\x01\x01H\x00\x42\x05\n\x03key\"V\n\x1f\x43\x61ncelEmailVerificationResponse\x12\x33\n\x0cverification\x18\x01 \x01(\x0b\x32\x1d.onetime.v1.EmailVerification*{\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x11\n\rSTATE_PENDING\x10\x01\x12\x0e\n\nSTATE_USED\x10\x02\x12\x11\n\rSTATE_EXPIRED\x10\x03\x12\x13\n\x0fSTATE_CANCELLED\x10\x04\x12\x10\n\x0cSTATE_LOCKED\x10\x05\x32\xd7\x04\n\x18\x45mailVerificationService\x12o\n\x16StartEmailVerification\x12).onetime.v1.StartEmailVerificationRequest\x1a*.onetime.v1.StartEmailVerificationResponse\x12K\n\nVerifyCode\x12\x1d.onetime.v1.VerifyCodeRequest\x1a\x1e.onetime.v1.VerifyCodeResponse\x12K\n\nResendCode\x12\x1d.onetime.v1.ResendCodeRequest\x1a\x1e.onetime.v1.ResendCodeResponse\x12Q\n\x0cMarkCodeSent\x12\x1f.onetime.v1.MarkCodeSentRequest\x1a .onetime.v1.MarkCodeSentResponse\x12i\n\x14GetEmailVerification\x12\'.onetime.v1.GetEmailVerificationRequest\x1a(.onetime.v1.GetEmailVerificationResponse\x12r\n\x17\x43\x61ncelEmailVerification\x12*.onetime.v1.CancelEmailVerificationRequest\x1a+.onetime.v1.CancelEmailVerificationResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#onetime/v1/email_verification.proto\x12\nonetime.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xdd\x03\n\x11\x45mailVerification\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07user_id\x18\x02 \x01(\t\x12 \n\x05state\x18\x03 \x01(\x0e\x32\x11.onetime.v1.State\x12\x11\n\tcode_sent\x18\x04 \x01(\x08\x12/\n\x0b\x63reate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08use_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x64\x65lete_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x1a\n\x12\x61ttempts_remaining\x18\n \x01(\x05\x12\x31\n\x0e\x64\x65livery_state\x18\x0b \x01(\x0e\x32\x19.onetime.v1.DeliveryState\x12\x35\n\x10\x64\x65livery_failure\x18\x0c \x01(\x0e\x32\x1b.onetime.v1.DeliveryFailure\"\x0c\n\nReturnCode\"/\n\tSendEmail\x12\x12\n\x05\x65mail\x18\x01 \x01(\tB\x03\x80\x01\x01\x12\x0e\n\x06locale\x18\x02 \x01(\t\"\xd4\x01\n\x1dStartEmailVerificationRequest\x12\x0f\n\x07user_id\x18\x01 \x01(\t\x12-\n\x0breturn_code\x18\x02 \x01(\x0b\x32\x16.onetime.v1.ReturnCodeH\x00\x12+\n\nsend_email\x18\x03 \x01(\x0b\x32\x15.onetime.v1.SendEmailH\x00\x12&\n\x03ttl\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x12\n\nrequest_id\x18\x05 \x01(\tB\n\n\x08\x64\x65livery\"\x8f\x01\n\x1eStartEmailVerificationResponse\x12\x33\n\x0cverification\x18\x01 \x01(\x0b\x32\x1d.onetime.v1.EmailVerification\x12%\n\x18\x65mail_verification_token\x18\x02 \x01(\tB\x03\x80\x01\x01\x12\x11\n\x04\x63ode\x18\x03 \x01(\tB\x03\x80\x01\x01\"a\n\x11VerifyCodeRequest\x12%\n\x18\x65mail_verification_token\x18\x01 \x01(\tB\x03\x80\x01\x01\x12\x11\n\x04\x63ode\x18\x02 \x01(\tB\x03\x80\x01\x01\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"I\n\x12VerifyCodeResponse\x12\x33\n\x0cverification\x18\x01 \x01(\x0b\x32\x1d.onetime.v1.EmailVerification\"N\n\x11ResendCodeRequest\x12%\n\x18\x65mail_verification_token\x18\x01 \x01(\tB\x03\x80\x01\x01\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"\\\n\x12ResendCodeResponse\x12\x33\n\x0cverification\x18\x01 \x01(\x0b\x32\x1d.onetime.v1.EmailVerification\x12\x11\n\x04\x63ode\x18\x02 \x01(\tB\x03\x80\x01\x01\"!\n\x13MarkCodeSentRequest\x12\n\n\x02id\x18\x01 \x01(\t\"K\n\x14MarkCodeSentResponse\x12\x33\n\x0cverification\x18\x01 \x01(\x0b\x32\x1d.onetime.v1.EmailVerification\"[\n\x1bGetEmailVerificationRequest\x12\x0c\n\x02id\x18\x01 \x01(\tH\x00\x12\'\n\x18\x65mail_verification_token\x18\x02 \x01(\tB\x03\x80\x01\x01H\x00\x42\x05\n\x03key\"S\n\x1cGetEmailVerificationResponse\x12\x33\n\x0cverification\x18\x01 \x01(\x0b\x32\x1d.onetime.v1.EmailVerification\"^\n\x1e\x43\x61ncelEmailVerificationRequest\x12\x0c\n\x02id\x18\x01 \x01(\tH\x00\x12\'\n\x18\x65mail_verification_token\x18\x02 \x01(\tB\x03\x80\x01\x01H\x00\x42\x05\n\x03key\"V\n\x1f\x43\x61ncelEmailVerificationResponse\x12\x33\n\x0cverification\x18\x01 \x01(\x0b\x32\x1d.onetime.v1.EmailVerification*{\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x11\n\rSTATE_PENDING\x10\x01\x12\x0e\n\nSTATE_USED\x10\x02\x12\x11\n\rSTATE_EXPIRED\x10\x03\x12\x13\n\x0fSTATE_CANCELLED\x10\x04\x12\x10\n\x0cSTATE_LOCKED\x10\x05*~\n\rDeliveryState\x12\x1e\n\x1a\x44\x45LIVERY_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15\x44\x45LIVERY_STATE_QUEUED\x10\x01\x12\x17\n\x13\x44\x45LIVERY_STATE_SENT\x10\x02\x12\x19\n\x15\x44\x45LIVERY_STATE_FAILED\x10\x03*\x8e\x02\n\x0f\x44\x65liveryFailure\x12 \n\x1c\x44\x45LIVERY_FAILURE_UNSPECIFIED\x10\x00\x12$\n DELIVERY_FAILURE_ADDRESS_REFUSED\x10\x01\x12$\n DELIVERY_FAILURE_MESSAGE_REFUSED\x10\x02\x12$\n DELIVERY_FAILURE_SERVICE_REFUSED\x10\x03\x12\x1d\n\x19\x44\x45LIVERY_FAILURE_DEFERRED\x10\x04\x12 \n\x1c\x44\x45LIVERY_FAILURE_UNREACHABLE\x10\x05\x12&\n\"DELIVERY_FAILURE_VERIFICATION_OVER\x10\x06\x32\xd7\x04\n\x18\x45mailVerificationService\x12o\n\x16StartEmailVerification\x12).onetime.v1.StartEmailVerificationRequest\x1a*.onetime.v1.StartEmailVerificationResponse\x12K\n\nVerifyCode\x12\x1d.onetime.v1.VerifyCodeRequest\x1a\x1e.onetime.v1.VerifyCodeResponse\x12K\n\nResendCode\x12\x1d.onetime.v1.ResendCodeRequest\x1a\x1e.onetime.v1.ResendCodeResponse\x12Q\n\x0cMarkCodeSent\x12\x1f.onetime.v1.MarkCodeSentRequest\x1a .onetime.v1.MarkCodeSentResponse\x12i\n\x14GetEmailVerification\x12\'.onetime.v1.GetEmailVerificationRequest\x1a(.onetime.v1.GetEmailVerificationResponse\x12r\n\x17\x43\x61ncelEmailVerification\x12*.onetime.v1.CancelEmailVerificationRequest\x1a+.onetime.v1.CancelEmailVerificationResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -51,38 +51,42 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETEMAILVERIFICATIONREQUEST'].fields_by_name['email_verification_token']._serialized_options = b'\200\001\001'
   _globals['_CANCELEMAILVERIFICATIONREQUEST'].fields_by_name['email_verification_token']._loaded_options = None
   _globals['_CANCELEMAILVERIFICATIONREQUEST'].fields_by_name['email_verification_token']._serialized_options = b'\200\001\001'
-  _globals['_STATE']._serialized_start=1736
-  _globals['_STATE']._serialized_end=1859
+  _globals['_STATE']._serialized_start=1842
+  _globals['_STATE']._serialized_end=1965
+  _globals['_DELIVERYSTATE']._serialized_start=1967
+  _globals['_DELIVERYSTATE']._serialized_end=2093
+  _globals['_DELIVERYFAILURE']._serialized_start=2096
+  _globals['_DELIVERYFAILURE']._serialized_end=2366
   _globals['_EMAILVERIFICATION']._serialized_start=117
-  _globals['_EMAILVERIFICATION']._serialized_end=488
-  _globals['_RETURNCODE']._serialized_start=490
-  _globals['_RETURNCODE']._serialized_end=502
-  _globals['_SENDEMAIL']._serialized_start=504
-  _globals['_SENDEMAIL']._serialized_end=551
-  _globals['_STARTEMAILVERIFICATIONREQUEST']._serialized_start=554
-  _globals['_STARTEMAILVERIFICATIONREQUEST']._serialized_end=766
-  _globals['_STARTEMAILVERIFICATIONRESPONSE']._serialized_start=769
-  _globals['_STARTEMAILVERIFICATIONRESPONSE']._serialized_end=912
-  _globals['_VERIFYCODEREQUEST']._serialized_start=914
-  _globals['_VERIFYCODEREQUEST']._serialized_end=1011
-  _globals['_VERIFYCODERESPONSE']._serialized_start=1013
-  _globals['_VERIFYCODERESPONSE']._serialized_end=1086
-  _globals['_RESENDCODEREQUEST']._serialized_start=1088
-  _globals['_RESENDCODEREQUEST']._serialized_end=1166
-  _globals['_RESENDCODERESPONSE']._serialized_start=1168
-  _globals['_RESENDCODERESPONSE']._serialized_end=1260
-  _globals['_MARKCODESENTREQUEST']._serialized_start=1262
-  _globals['_MARKCODESENTREQUEST']._serialized_end=1295
-  _globals['_MARKCODESENTRESPONSE']._serialized_start=1297
-  _globals['_MARKCODESENTRESPONSE']._serialized_end=1372
-  _globals['_GETEMAILVERIFICATIONREQUEST']._serialized_start=1374
-  _globals['_GETEMAILVERIFICATIONREQUEST']._serialized_end=1465
-  _globals['_GETEMAILVERIFICATIONRESPONSE']._serialized_start=1467
-  _globals['_GETEMAILVERIFICATIONRESPONSE']._serialized_end=1550
-  _globals['_CANCELEMAILVERIFICATIONREQUEST']._serialized_start=1552
-  _globals['_CANCELEMAILVERIFICATIONREQUEST']._serialized_end=1646
-  _globals['_CANCELEMAILVERIFICATIONRESPONSE']._serialized_start=1648
-  _globals['_CANCELEMAILVERIFICATIONRESPONSE']._serialized_end=1734
-  _globals['_EMAILVERIFICATIONSERVICE']._serialized_start=1862
-  _globals['_EMAILVERIFICATIONSERVICE']._serialized_end=2461
+  _globals['_EMAILVERIFICATION']._serialized_end=594
+  _globals['_RETURNCODE']._serialized_start=596
+  _globals['_RETURNCODE']._serialized_end=608
+  _globals['_SENDEMAIL']._serialized_start=610
+  _globals['_SENDEMAIL']._serialized_end=657
+  _globals['_STARTEMAILVERIFICATIONREQUEST']._serialized_start=660
+  _globals['_STARTEMAILVERIFICATIONREQUEST']._serialized_end=872
+  _globals['_STARTEMAILVERIFICATIONRESPONSE']._serialized_start=875
+  _globals['_STARTEMAILVERIFICATIONRESPONSE']._serialized_end=1018
+  _globals['_VERIFYCODEREQUEST']._serialized_start=1020
+  _globals['_VERIFYCODEREQUEST']._serialized_end=1117
+  _globals['_VERIFYCODERESPONSE']._serialized_start=1119
+  _globals['_VERIFYCODERESPONSE']._serialized_end=1192
+  _globals['_RESENDCODEREQUEST']._serialized_start=1194
+  _globals['_RESENDCODEREQUEST']._serialized_end=1272
+  _globals['_RESENDCODERESPONSE']._serialized_start=1274
+  _globals['_RESENDCODERESPONSE']._serialized_end=1366
+  _globals['_MARKCODESENTREQUEST']._serialized_start=1368
+  _globals['_MARKCODESENTREQUEST']._serialized_end=1401
+  _globals['_MARKCODESENTRESPONSE']._serialized_start=1403
+  _globals['_MARKCODESENTRESPONSE']._serialized_end=1478
+  _globals['_GETEMAILVERIFICATIONREQUEST']._serialized_start=1480
+  _globals['_GETEMAILVERIFICATIONREQUEST']._serialized_end=1571
+  _globals['_GETEMAILVERIFICATIONRESPONSE']._serialized_start=1573
+  _globals['_GETEMAILVERIFICATIONRESPONSE']._serialized_end=1656
+  _globals['_CANCELEMAILVERIFICATIONREQUEST']._serialized_start=1658
+  _globals['_CANCELEMAILVERIFICATIONREQUEST']._serialized_end=1752
+  _globals['_CANCELEMAILVERIFICATIONRESPONSE']._serialized_start=1754
+  _globals['_CANCELEMAILVERIFICATIONRESPONSE']._serialized_end=1840
+  _globals['_EMAILVERIFICATIONSERVICE']._serialized_start=2369
+  _globals['_EMAILVERIFICATIONSERVICE']._serialized_end=2968
 # @@protoc_insertion_point(module_scope)

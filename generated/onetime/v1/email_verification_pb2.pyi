@@ -59,6 +59,82 @@ STATE_LOCKED: State.ValueType  # 5
 """Too many wrong codes: the right one is refused too."""
 Global___State: _TypeAlias = State  # noqa: Y015
 
+class _DeliveryState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _DeliveryStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DeliveryState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    DELIVERY_STATE_UNSPECIFIED: _DeliveryState.ValueType  # 0
+    """The caller mails the code itself."""
+    DELIVERY_STATE_QUEUED: _DeliveryState.ValueType  # 1
+    """It is to be sent, for the first time or again."""
+    DELIVERY_STATE_SENT: _DeliveryState.ValueType  # 2
+    """The mail server has accepted it."""
+    DELIVERY_STATE_FAILED: _DeliveryState.ValueType  # 3
+    """It was given up. ResendCode tries anew."""
+
+class DeliveryState(_DeliveryState, metaclass=_DeliveryStateEnumTypeWrapper):
+    """How a mail with the code stands."""
+
+DELIVERY_STATE_UNSPECIFIED: DeliveryState.ValueType  # 0
+"""The caller mails the code itself."""
+DELIVERY_STATE_QUEUED: DeliveryState.ValueType  # 1
+"""It is to be sent, for the first time or again."""
+DELIVERY_STATE_SENT: DeliveryState.ValueType  # 2
+"""The mail server has accepted it."""
+DELIVERY_STATE_FAILED: DeliveryState.ValueType  # 3
+"""It was given up. ResendCode tries anew."""
+Global___DeliveryState: _TypeAlias = DeliveryState  # noqa: Y015
+
+class _DeliveryFailure:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _DeliveryFailureEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DeliveryFailure.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    DELIVERY_FAILURE_UNSPECIFIED: _DeliveryFailure.ValueType  # 0
+    """Nothing failed."""
+    DELIVERY_FAILURE_ADDRESS_REFUSED: _DeliveryFailure.ValueType  # 1
+    """The mail server does not take mail for this address: there may be no such
+    mailbox.
+    """
+    DELIVERY_FAILURE_MESSAGE_REFUSED: _DeliveryFailure.ValueType  # 2
+    """The mail server does not take this mail, its sender or its content."""
+    DELIVERY_FAILURE_SERVICE_REFUSED: _DeliveryFailure.ValueType  # 3
+    """The mail server refused the service: its password or its certificate may
+    be wrong. It is tried again.
+    """
+    DELIVERY_FAILURE_DEFERRED: _DeliveryFailure.ValueType  # 4
+    """The mail server asked to come again later. It is tried again."""
+    DELIVERY_FAILURE_UNREACHABLE: _DeliveryFailure.ValueType  # 5
+    """The mail server was not to be had, or did not answer. It is tried again."""
+    DELIVERY_FAILURE_VERIFICATION_OVER: _DeliveryFailure.ValueType  # 6
+    """The verification was over before the mail was sent."""
+
+class DeliveryFailure(_DeliveryFailure, metaclass=_DeliveryFailureEnumTypeWrapper):
+    """Why a mail was not sent."""
+
+DELIVERY_FAILURE_UNSPECIFIED: DeliveryFailure.ValueType  # 0
+"""Nothing failed."""
+DELIVERY_FAILURE_ADDRESS_REFUSED: DeliveryFailure.ValueType  # 1
+"""The mail server does not take mail for this address: there may be no such
+mailbox.
+"""
+DELIVERY_FAILURE_MESSAGE_REFUSED: DeliveryFailure.ValueType  # 2
+"""The mail server does not take this mail, its sender or its content."""
+DELIVERY_FAILURE_SERVICE_REFUSED: DeliveryFailure.ValueType  # 3
+"""The mail server refused the service: its password or its certificate may
+be wrong. It is tried again.
+"""
+DELIVERY_FAILURE_DEFERRED: DeliveryFailure.ValueType  # 4
+"""The mail server asked to come again later. It is tried again."""
+DELIVERY_FAILURE_UNREACHABLE: DeliveryFailure.ValueType  # 5
+"""The mail server was not to be had, or did not answer. It is tried again."""
+DELIVERY_FAILURE_VERIFICATION_OVER: DeliveryFailure.ValueType  # 6
+"""The verification was over before the mail was sent."""
+Global___DeliveryFailure: _TypeAlias = DeliveryFailure  # noqa: Y015
+
 @_typing.final
 class EmailVerification(_message.Message):
     """A verification as it is stored; its secrets are not shown."""
@@ -75,6 +151,8 @@ class EmailVerification(_message.Message):
     USE_TIME_FIELD_NUMBER: _builtins.int
     DELETE_TIME_FIELD_NUMBER: _builtins.int
     ATTEMPTS_REMAINING_FIELD_NUMBER: _builtins.int
+    DELIVERY_STATE_FIELD_NUMBER: _builtins.int
+    DELIVERY_FAILURE_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """UUID."""
     user_id: _builtins.str
@@ -83,10 +161,14 @@ class EmailVerification(_message.Message):
     """How it stands by the database's clock."""
     code_sent: _builtins.bool
     """Whether the mail with the code has been sent: by the caller's word
-    (MarkCodeSent), or by the mail server's acceptance.
+    (MarkCodeSent), or by the mail server's acceptance; never before.
     """
     attempts_remaining: _builtins.int
     """Wrong codes that will still be compared."""
+    delivery_state: Global___DeliveryState.ValueType
+    """How the newest mail with the code stands, if the service mails it."""
+    delivery_failure: Global___DeliveryFailure.ValueType
+    """Why that mail failed; while it is queued, why its last try did."""
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """When it was started."""
@@ -120,10 +202,12 @@ class EmailVerification(_message.Message):
         use_time: _timestamp_pb2.Timestamp | None = ...,
         delete_time: _timestamp_pb2.Timestamp | None = ...,
         attempts_remaining: _builtins.int = ...,
+        delivery_state: Global___DeliveryState.ValueType = ...,
+        delivery_failure: Global___DeliveryFailure.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "delete_time", b"delete_time", "expire_time", b"expire_time", "update_time", b"update_time", "use_time", b"use_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts_remaining", b"attempts_remaining", "code_sent", b"code_sent", "create_time", b"create_time", "delete_time", b"delete_time", "expire_time", b"expire_time", "id", b"id", "state", b"state", "update_time", b"update_time", "use_time", b"use_time", "user_id", b"user_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts_remaining", b"attempts_remaining", "code_sent", b"code_sent", "create_time", b"create_time", "delete_time", b"delete_time", "delivery_failure", b"delivery_failure", "delivery_state", b"delivery_state", "expire_time", b"expire_time", "id", b"id", "state", b"state", "update_time", b"update_time", "use_time", b"use_time", "user_id", b"user_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -148,14 +232,17 @@ Global___ReturnCode: _TypeAlias = ReturnCode  # noqa: Y015
 
 @_typing.final
 class SendEmail(_message.Message):
-    """The service mails the code."""
+    """The service mails the code, within moments; the answer does not wait for it."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     EMAIL_FIELD_NUMBER: _builtins.int
     LOCALE_FIELD_NUMBER: _builtins.int
     email: _builtins.str
-    """Where to. Brought to the same normal form as OneTimeToken.relates_to."""
+    """Where to: one address, such as "ada@example.com", without a name, quotes or
+    comments. International ones are taken, unless a part of it mixes scripts or
+    looks like another one in Latin letters.
+    """
     locale: _builtins.str
     """BCP 47 language tag of the mail, such as "en" or "pt-BR"; the service's
     default language if empty.

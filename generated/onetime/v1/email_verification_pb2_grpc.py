@@ -123,12 +123,13 @@ class EmailVerificationServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ResendCode(self, request, context):
-        """Sends the same code again, a minute after the last time at the earliest. It
+        """Sends the same code again, a minute after the last time at the earliest: by
+        mail, if it was started with send_email, and in the answer otherwise. It
         extends nothing and resets no counter.
 
         Errors: INVALID_REQUEST, TOKEN_NOT_FOUND, TOKEN_USED, TOKEN_CANCELLED,
         TOKEN_EXPIRED, ATTEMPTS_EXHAUSTED, TOO_SOON, TOO_MANY_SENDS,
-        REQUEST_ID_REUSED.
+        MAIL_NOT_CONFIGURED, REQUEST_ID_REUSED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -136,7 +137,8 @@ class EmailVerificationServiceServicer:
 
     def MarkCodeSent(self, request, context):
         """Records that the caller has mailed the code of a pending verification that
-        it started with return_code. Again is OK.
+        it started with return_code. Again is OK. Of one started with send_email,
+        whose mail is the service's business, it is INVALID_REQUEST.
 
         Errors: INVALID_REQUEST, TOKEN_NOT_FOUND, TOKEN_USED, TOKEN_CANCELLED,
         TOKEN_EXPIRED, ATTEMPTS_EXHAUSTED.

@@ -67,16 +67,18 @@ class EmailVerificationServiceStub:
     REQUEST_ID_REUSED.
     """
     ResendCode: _grpc.UnaryUnaryMultiCallable[_email_verification_pb2.ResendCodeRequest, _email_verification_pb2.ResendCodeResponse]
-    """Sends the same code again, a minute after the last time at the earliest. It
+    """Sends the same code again, a minute after the last time at the earliest: by
+    mail, if it was started with send_email, and in the answer otherwise. It
     extends nothing and resets no counter.
 
     Errors: INVALID_REQUEST, TOKEN_NOT_FOUND, TOKEN_USED, TOKEN_CANCELLED,
     TOKEN_EXPIRED, ATTEMPTS_EXHAUSTED, TOO_SOON, TOO_MANY_SENDS,
-    REQUEST_ID_REUSED.
+    MAIL_NOT_CONFIGURED, REQUEST_ID_REUSED.
     """
     MarkCodeSent: _grpc.UnaryUnaryMultiCallable[_email_verification_pb2.MarkCodeSentRequest, _email_verification_pb2.MarkCodeSentResponse]
     """Records that the caller has mailed the code of a pending verification that
-    it started with return_code. Again is OK.
+    it started with return_code. Again is OK. Of one started with send_email,
+    whose mail is the service's business, it is INVALID_REQUEST.
 
     Errors: INVALID_REQUEST, TOKEN_NOT_FOUND, TOKEN_USED, TOKEN_CANCELLED,
     TOKEN_EXPIRED, ATTEMPTS_EXHAUSTED.
@@ -129,16 +131,18 @@ class EmailVerificationServiceAsyncStub(EmailVerificationServiceStub):
     REQUEST_ID_REUSED.
     """
     ResendCode: _aio.UnaryUnaryMultiCallable[_email_verification_pb2.ResendCodeRequest, _email_verification_pb2.ResendCodeResponse]  # type: ignore[assignment]
-    """Sends the same code again, a minute after the last time at the earliest. It
+    """Sends the same code again, a minute after the last time at the earliest: by
+    mail, if it was started with send_email, and in the answer otherwise. It
     extends nothing and resets no counter.
 
     Errors: INVALID_REQUEST, TOKEN_NOT_FOUND, TOKEN_USED, TOKEN_CANCELLED,
     TOKEN_EXPIRED, ATTEMPTS_EXHAUSTED, TOO_SOON, TOO_MANY_SENDS,
-    REQUEST_ID_REUSED.
+    MAIL_NOT_CONFIGURED, REQUEST_ID_REUSED.
     """
     MarkCodeSent: _aio.UnaryUnaryMultiCallable[_email_verification_pb2.MarkCodeSentRequest, _email_verification_pb2.MarkCodeSentResponse]  # type: ignore[assignment]
     """Records that the caller has mailed the code of a pending verification that
-    it started with return_code. Again is OK.
+    it started with return_code. Again is OK. Of one started with send_email,
+    whose mail is the service's business, it is INVALID_REQUEST.
 
     Errors: INVALID_REQUEST, TOKEN_NOT_FOUND, TOKEN_USED, TOKEN_CANCELLED,
     TOKEN_EXPIRED, ATTEMPTS_EXHAUSTED.
@@ -206,12 +210,13 @@ class EmailVerificationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _email_verification_pb2.ResendCodeRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_email_verification_pb2.ResendCodeResponse, _abc.Awaitable[_email_verification_pb2.ResendCodeResponse]]:
-        """Sends the same code again, a minute after the last time at the earliest. It
+        """Sends the same code again, a minute after the last time at the earliest: by
+        mail, if it was started with send_email, and in the answer otherwise. It
         extends nothing and resets no counter.
 
         Errors: INVALID_REQUEST, TOKEN_NOT_FOUND, TOKEN_USED, TOKEN_CANCELLED,
         TOKEN_EXPIRED, ATTEMPTS_EXHAUSTED, TOO_SOON, TOO_MANY_SENDS,
-        REQUEST_ID_REUSED.
+        MAIL_NOT_CONFIGURED, REQUEST_ID_REUSED.
         """
 
     @_abc_1.abstractmethod
@@ -221,7 +226,8 @@ class EmailVerificationServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_email_verification_pb2.MarkCodeSentResponse, _abc.Awaitable[_email_verification_pb2.MarkCodeSentResponse]]:
         """Records that the caller has mailed the code of a pending verification that
-        it started with return_code. Again is OK.
+        it started with return_code. Again is OK. Of one started with send_email,
+        whose mail is the service's business, it is INVALID_REQUEST.
 
         Errors: INVALID_REQUEST, TOKEN_NOT_FOUND, TOKEN_USED, TOKEN_CANCELLED,
         TOKEN_EXPIRED, ATTEMPTS_EXHAUSTED.
