@@ -17,10 +17,10 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final, Never, TypeVar
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import click
 import psycopg
@@ -33,19 +33,21 @@ from service.budgets import EMAIL_VERIFICATION
 from service.config import (
     ENV_PREFIX,
     IDENTIFYING,
+    MailServer,
     Settings,
     SettingsError,
     describe,
     exposed_passwords,
     load,
     option_of,
+    parse_smtp_url,
     variable_of,
 )
 from service.crypto import Keyring, api_key_hash, certificate_host, new_api_key, new_key
 from service.db import Database
 from service.devdb import EmbeddedPostgresError, embedded_postgres
 from service.errors import OnetimeError
-from service.fields import STORED_TYPES
+from service.fields import STORED_TYPES, mailbox
 
 FAILED: Final = 1
 USAGE: Final = 2
@@ -567,6 +569,132 @@ def _health_channel(settings: Settings, target: str) -> Any:  # noqa: ANN401 - g
         raise CommandError(f"{option_of('tls_cert')} {settings.tls_cert}: {error}") from None
     credentials = grpc.ssl_channel_credentials(certificate)
     return grpc.secure_channel(target, credentials, options=[("grpc.ssl_target_name_override", host)])
+
+
+# mail
+
+_SAMPLE_CODE: Final = "123456"
+_SAMPLE_ADDRESS: Final = "ada@example.com"
+_MAIL_WORDS: Final = ("mail_from", "mail_product", "mail_locale", "mail_templates")
+
+
+@cli.group(cls=_Group)
+def mail() -> None:
+    """See the mails that carry codes, and try the mail server.
+
+    Codes are mailed for StartEmailVerification with send_email, if there is an --smtp-url.
+    """
+
+
+@mail.command("preview", cls=_Command, epilog=_EPILOG)
+@click.option("--locale", metavar="LANGUAGE", help="Of this language only, or the one that it falls back to.")
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("mail-preview"),
+    show_default=True,
+    help="The folder to write to.",
+)
+@_settings(*_MAIL_WORDS)
+def mail_preview(locale: str | None, out: Path, **options: str | None) -> None:
+    """Write the mails that would be sent, with a code made up: LANGUAGE.eml, .html and .txt for each language.
+
+    A folder of your own templates (--mail-templates) goes before ours, file by file:
+
+      layout.html         the look of all languages
+      de/subject.txt      one line, with the code
+      de/body.txt         plain text, with the code
+      de/body.html        HTML, with the code; ours fill the blocks of layout.html
+
+    A language needs the three of its files, each from your folder or from ours. They are Jinja templates, with the
+    variables code, product, minutes (that are left) and language. What is wrong with them is told here, and at the
+    start of a server; changed ones are read at the next start.
+
+    Examples:
+      onetime mail preview --mail-product Example --locale de
+      onetime mail preview --mail-templates templates --out /tmp/mails
+    """
+    settings = _load(options)
+    templates = _templates(settings)
+    languages = (templates.language(locale),) if locale else templates.languages
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for language in languages:
+            content, message = _sample_mail(settings, templates, language, _SAMPLE_ADDRESS)
+            for suffix, data in (
+                (".eml", message.as_bytes()),
+                (".html", content.html.encode()),
+                (".txt", content.text.encode()),
+            ):
+                (out / f"{language}{suffix}").write_bytes(data)
+            click.echo(f"{out / language}.eml, .html, .txt   {content.subject}")
+    except OSError as error:
+        raise CommandError(f"{error.filename}: {error.strerror}") from None
+
+
+@mail.command("test", cls=_Command, epilog=_EPILOG)
+@click.argument("address", metavar="ADDRESS")
+@click.option("--locale", metavar="LANGUAGE", default="", help="The language of the mail.")
+@_settings("smtp_url", *_MAIL_WORDS)
+def mail_test(address: str, locale: str, **options: str | None) -> None:
+    """Send one mail to ADDRESS, with a code made up, by the mail server of --smtp-url.
+
+    Example:
+      ONETIME_SMTP_URL=smtps://onetime:...@mail.example.com onetime mail test ada@example.com
+    """
+    from service import smtp  # noqa: PLC0415 - as in `_run_server`
+
+    settings = _load(options, require=("smtp_url",))
+    try:
+        to = mailbox(address)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="ADDRESS") from None
+    server = parse_smtp_url(settings.smtp_url or "")
+    _, message = _sample_mail(settings, _templates(settings), locale, to)
+    try:
+        asyncio.run(_send_sample(settings, server, message, to))
+    except smtp.NotSent as error:
+        told = f" (reply code {error.code})" if error.code else ""
+        raise CommandError(
+            f"{server.host}:{server.port} did not take the mail: {error.failure}{told}; {smtp.CURES[error.failure]}"
+        ) from None
+    click.echo(f"{server.host}:{server.port} has accepted the mail")
+
+
+def _templates(settings: Settings) -> Any:  # noqa: ANN401 - `mail` is imported late
+    from service.mail import Templates  # noqa: PLC0415 - as in `_run_server`
+
+    try:
+        return Templates(settings.mail_templates, locale=settings.mail_locale)
+    except ValueError as error:
+        raise SettingsError([f"mail_templates: {line}" for line in str(error).splitlines()]) from None
+
+
+def _sample_mail(settings: Settings, templates: Any, locale: str, to: str) -> Any:  # noqa: ANN401 - as above
+    """Return the content and the message of a mail as it would be sent."""
+    from service.mail import compose  # noqa: PLC0415 - as above
+
+    lifetime, _ = settings.lifetime(EMAIL_VERIFICATION)
+    product = settings.mail_product
+    content = templates.write(code=_SAMPLE_CODE, locale=locale, product=product, lifetime=lifetime)
+    message = compose(
+        content, product=product, sender=settings.mail_from, to=to, message_id=uuid4(), date=datetime.now(UTC)
+    )
+    return content, message
+
+
+async def _send_sample(settings: Settings, server: MailServer, message: Any, to: str) -> None:  # noqa: ANN401 - as above
+    from service import smtp  # noqa: PLC0415 - as above
+
+    async def wanted() -> bool:
+        return True
+
+    try:
+        transport = smtp.Transport(server, sender=settings.mail_from)
+    except ValueError as error:
+        raise SettingsError([f"smtp_url: {error}"]) from None
+    await transport.send(message, to=to, wanted=wanted)
+    await transport.close()
 
 
 # keys

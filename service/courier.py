@@ -14,6 +14,7 @@ import asyncio
 import logging
 import traceback
 from collections.abc import Mapping
+from datetime import timedelta
 from functools import partial
 from typing import Any, Final
 
@@ -39,6 +40,9 @@ _RECORD_S: Final = 10.0
 """Beyond the longest try: how much longer a mail is claimed, so that what became of it can be recorded."""
 
 _VERIFICATION_OVER: Final = "verification_over"
+_HURRY: Final = timedelta(seconds=5)
+"""Of 15 minutes, a moment has gone when the mail is made; it is not to say 14."""
+
 _CLOSE_S: Final = 5.0
 _ENDED_AT_ONCE: Final = 500
 _RECORD_PAUSE_S: Final = 0.5

@@ -18,7 +18,7 @@ import psycopg
 from psycopg.conninfo import conninfo_to_dict
 from psycopg.rows import dict_row
 
-from service import app, migrations
+from service import app, migrations, smtp
 from service.config import (
     IDENTIFYING,
     Settings,
@@ -29,8 +29,9 @@ from service.config import (
     load_keyring,
     option_of,
     parse_listen,
+    parse_smtp_url,
 )
-from service.crypto import Keyring
+from service.crypto import Keyring, new_key
 from service.db import STATEMENT_TIMEOUT_MS, Params, load_queries
 from service.reload import WARN_BEFORE
 
@@ -75,6 +76,8 @@ async def examine(settings: Settings) -> AsyncIterator[Finding]:
     else:
         yield _keys(settings, ring)
     for finding in (*_callers(settings), _hashing(settings), *_limits(settings), *_running(settings)):
+        yield finding
+    async for finding in _mail(settings):
         yield finding
     try:
         async with await psycopg.AsyncConnection.connect(
@@ -172,6 +175,35 @@ def _policy(settings: Settings, files: app.Files) -> Iterator[Finding]:
             yield Finding("certificate", "warn", text, "renew it: servers take the new files within seconds")
         else:
             yield Finding("certificate", "ok", text)
+
+
+async def _mail(settings: Settings) -> AsyncIterator[Finding]:
+    """Tell whether the mail server takes our login, without sending anything, and whether the templates are right."""
+    try:
+        # Any keys would do: none is used.
+        app.make_courier(settings, Keyring([new_key()]))
+    except SettingsError as error:
+        for problem in error.problems:
+            yield Finding("mail", "fail", problem, "put it right; `onetime mail preview` shows what comes of it")
+        return
+    if settings.smtp_url is None:
+        yield Finding("mail", "ok", f"none is sent; for send_email set {option_of('smtp_url')}")
+        return
+    server = parse_smtp_url(settings.smtp_url)
+    where = f"{server.host}:{server.port}"
+    try:
+        await smtp.Transport(server, sender=settings.mail_from).check()
+    except smtp.NotSent as error:
+        told = f" (reply code {error.code})" if error.code else ""
+        yield Finding("mail", "fail", f"{where}: {error.failure}{told}", smtp.CURES[error.failure])
+        return
+    secured = {"implicit": "over TLS", "starttls": "over STARTTLS", "none": "in plain text"}[server.tls]
+    if server.tls == "none" and not is_loopback(server.host):
+        cure = "leave out tls=none, or use smtps"
+        yield Finding("mail", "warn", f"{where} is spoken to in plain text: whoever listens has the codes", cure)
+    else:
+        by = "with a login" if server.user else "without a login"
+        yield Finding("mail", "ok", f"{where} answers, {secured}, {by}; `onetime mail test ADDRESS` sends one")
 
 
 def _hashing(settings: Settings) -> Finding:

@@ -7,6 +7,7 @@ minutes it is good for, the language, and the direction it is written in: `ltr` 
 It knows nothing of requests, settings, outboxes and mail servers.
 """
 
+import itertools
 import re
 import traceback
 import unicodedata
@@ -18,7 +19,6 @@ from email.header import Header
 from email.message import EmailMessage
 from email.policy import EmailPolicy
 from email.utils import format_datetime
-from itertools import pairwise, product
 from pathlib import Path
 from typing import Final
 
@@ -174,7 +174,7 @@ class Templates:
 
     def _failures(self, language: str, files: Mapping[str, _File], sound: set[str]) -> Iterator[str]:
         """Yield what is wrong with what the templates of a language make."""
-        for name, minutes in product(_OF_A_LANGUAGE, _SAMPLE_MINUTES):
+        for name, minutes in itertools.product(_OF_A_LANGUAGE, _SAMPLE_MINUTES):
             full_name = f"{language}/{name}"
             if not {full_name, _LAYOUT if name == _HTML else full_name} <= sound:
                 continue  # that is told already
@@ -217,7 +217,7 @@ def _read(folder: Path, faults: dict[str, None]) -> dict[str, _File]:
     except OSError as error:
         faults[f"{error.filename}: {error.strerror}: a folder of templates is right"] = None
         return {}
-    for name, path in [*((entry.name, entry) for entry in entries if entry.is_file()), *nested]:
+    for name, path in [*((entry.name, entry) for entry in entries if not entry.is_dir()), *nested]:
         right = _OF_A_LANGUAGE if "/" in name else (_LAYOUT,)
         if path.name in right:
             try:
@@ -249,7 +249,7 @@ def _canonical(tag: str) -> str:
     """Write a language's tag as RFC 5646 (2.1.1) does: zh-Hant-TW."""
     parts = tag.lower().split("-")
     written = parts[:1]
-    for before, part in pairwise(parts):
+    for before, part in itertools.pairwise(parts):
         if len(before) > 1 and len(part) == 2:  # noqa: PLR2004 - a region
             written.append(part.upper())
         elif len(before) > 1 and len(part) == 4:  # noqa: PLR2004 - a script
@@ -337,13 +337,13 @@ _PLAIN: Final = re.compile("[!-~]+( [!-~]+)*", re.ASCII)
 _ADDRESS: Final = re.compile(r"""[^\s()<>\[\]:;@\\,"]+@[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?""")
 
 
-def compose(
+def compose(  # noqa: PLR0913 - what a mail is made of, by name
     content: Content, *, product: str, sender: str, to: str, message_id: uuid.UUID, date: datetime
 ) -> EmailMessage:
     """Make a message. The same arguments make the same bytes.
 
-    `message.as_bytes()` is what to send. It is ASCII, unless `message.policy.utf8`: then one of the addresses is not,
-    and only a server with SMTPUTF8 (RFC 6531) can take it.
+    `message.as_bytes()` is what to send. Where that is not ASCII, an address is not, and only a server with SMTPUTF8
+    (RFC 6531) can take it.
 
     Args:
         content: What it says.
@@ -372,8 +372,8 @@ def compose(
     message.set_content(content.text)
     message.add_alternative(content.html, subtype="html")
     message["Content-Language"] = content.language  # last: add_alternative would move it into the first part
-    # Python's would be left to chance. No encoded line can look like it: in them, = stands before two digits.
-    message.set_boundary(f"=_{message_id.hex}")
+    # Python's own would be another one each time. No text can hold this one, since none knows the id.
+    message.replace_header("Content-Type", f'multipart/alternative;\r\n boundary="=_{message_id.hex}"')
     return message
 
 
@@ -391,19 +391,21 @@ def _check_line(what: str, text: str) -> None:
 
 def _mailbox(name: str, address: str) -> str:
     """Return a mailbox with a display name, as it stands in a header."""
-    if _PLAIN.fullmatch(name) and "=?" not in name:
-        name = '"' + re.sub(r'(["\\])', r"\\\1", name) + '"'
-    else:
-        name = _encoded("From", name)
-    line = f"From: {name} <{address}>"
-    fits = "\n" not in name and len(line) <= _LONGEST_LINE
+    quoted = '"' + re.sub(r'(["\\])', r"\\\1", name) + '"'
+    name = quoted if _is_plain("From", quoted) else _encoded("From", name)
+    fits = "\n" not in name and len(f"From: {name} <{address}>") <= _LONGEST_LINE
     return f"{name} <{address}>" if fits else f"{name}\r\n <{address}>"
 
 
 def _text(header: str, text: str) -> str:
     """Return unstructured text, as it stands in a header."""
-    is_plain = _PLAIN.fullmatch(text) and "=?" not in text and len(f"{header}: {text}") <= _LONGEST_LINE
-    return text if is_plain else _encoded(header, text)
+    return text if _is_plain(header, text) else _encoded(header, text)
+
+
+def _is_plain(header: str, text: str) -> bool:
+    """Tell whether a text can stand in a header as it is: nobody takes it for encoded words, nor changes its spaces."""
+    fits = len(f"{header}: {text}") <= _LONGEST_LINE
+    return fits and "=?" not in text and _PLAIN.fullmatch(text) is not None
 
 
 def _encoded(header: str, text: str) -> str:

@@ -28,6 +28,15 @@ SERVICE_REFUSED: Final = "service_refused"
 DEFERRED: Final = "deferred"
 UNREACHABLE: Final = "unreachable"
 
+CURES: Final = {
+    ADDRESS_REFUSED: "check the address; the server may take mail for its own domains only, or only after a login",
+    MESSAGE_REFUSED: "check that the server lets this user send from mail_from",
+    SERVICE_REFUSED: "check user and password in smtp_url, and the server's certificate; ca=FILE names its authority",
+    DEFERRED: "try again later; the server's own log tells why",
+    UNREACHABLE: "check host and port in smtp_url, and that the server runs and can be reached from here",
+}
+"""What helps the operator, by class."""
+
 _BAD_LOGIN: Final = frozenset({530, 534, 535, 538})
 _GOING: Final = 421
 """The server hangs up (RFC 5321, 3.8)."""
