@@ -11,7 +11,7 @@ from onetime.v1 import admin_pb2 as pb
 from onetime.v1 import admin_pb2_grpc as pb_grpc
 
 from service.budgets import EMAIL_VERIFICATION
-from service.call import about
+from service.call import about, current_call
 from service.db import Database, Params, load_queries
 from service.fields import Fields
 
@@ -34,7 +34,7 @@ class Admin(pb_grpc.AdminServiceServicer):
         user_id = fields.identifier("user_id", request.user_id)
         fields.done()
 
-        about(user_id=user_id)
+        about(current_call.get(), user_id=user_id)
         params: Params = {"user_ids": [user_id]}
         statements = ("purge_receipts", "lock_users", "purge_tokens", "purge_verifications")
         *_, (tokens,), (verifications,) = await self._database.commit(
@@ -59,7 +59,7 @@ class Admin(pb_grpc.AdminServiceServicer):
                 fields.refuse("purpose", "token_type or email_verification is required")
         fields.done()
 
-        about(user_id=user_id, purpose=purpose)
+        about(current_call.get(), user_id=user_id, purpose=purpose)
         return pb.UnlockSubjectResponse(forgotten_failures_count=await unlock(self._database, user_id, purpose))
 
 

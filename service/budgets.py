@@ -32,7 +32,13 @@ Subject: TypeAlias = tuple[UUID, str]
 
 def lock(subject: Subject) -> list[Statement]:
     """Return the statements that lock a budget, and make it if it is not there; the last one gives its row."""
-    return [(_QUERIES["lock_budgets"], _params(subject)), (_QUERIES["read_budgets"], _params(subject))]
+    return [(_QUERIES["lock_budgets"], _params([subject])), (_QUERIES["read_budgets"], _params([subject]))]
+
+
+def lock_free(subjects: Sequence[Subject]) -> list[Statement]:
+    """Return the statements that do so for those that nobody else has locked; the last one gives their rows."""
+    params = _params(subjects)
+    return [(_QUERIES["make_budgets"], params), (_QUERIES["lock_free_budgets"], params)]
 
 
 def refuse_failures(settings: Settings, budget: Mapping[str, Any]) -> None:
@@ -91,10 +97,10 @@ def _seconds_until(ends: Sequence[datetime], now: datetime) -> float:
     return (max(ends) - now).total_seconds() if ends else 0
 
 
-def spend(settings: Settings, subject: Subject) -> Statement:
-    """Return the statement that counts a send."""
+def spend(settings: Settings, *subjects: Subject) -> Statement:
+    """Return the statement that counts a send for each."""
     keep = max(settings.sends_per_window, settings.sends_per_day)
-    return _QUERIES["spend_sends"], {**_params(subject), "keep": keep}
+    return _QUERIES["spend_sends"], {**_params(subjects), "keep": keep}
 
 
 def name_of_charge(budget: Mapping[str, Any]) -> datetime:
@@ -109,25 +115,32 @@ def name_of_charge(budget: Mapping[str, Any]) -> datetime:
     return max(now, failures[-1] + timedelta(microseconds=1)) if failures else now
 
 
-def charge(settings: Settings, subject: Subject, charged_at: datetime) -> Statement:
-    """Return the statement that counts a wrong code on a budget that this transaction has locked."""
+Charge: TypeAlias = tuple[Subject, datetime]
+"""A subject, and the name of a wrong code that is counted on its budget."""
+
+
+def charge(settings: Settings, *charges: Charge) -> Statement:
+    """Return the statement that counts wrong codes on budgets that this transaction has locked."""
     keep = max(settings.failures_per_window, settings.failures_per_day)
-    return _QUERIES["charge_budgets"], {**_params(subject), "charged_ats": [charged_at], "keep": keep}
+    return _QUERIES["charge_budgets"], {**_charged(charges), "keep": keep}
 
 
-def end_run(subject: Subject, charged_at: datetime | None) -> Statement:
-    """Return the statement for a right code: it takes back the code's own charge, and ends the run."""
-    return _QUERIES["end_runs"], {**_params(subject), "charged_ats": [charged_at]}
+def end_runs(*charges: tuple[Subject, datetime | None]) -> Statement:
+    """Return the statement for right codes: it takes back each one's own charge, and ends the run."""
+    return _QUERIES["end_runs"], _charged(charges)
 
 
-def forget(subject: Subject, charged_at: datetime | None) -> Statement:
-    """Return the statement for a code that came to no verdict: it takes back its charge, and nothing else.
+def forget(*charges: tuple[Subject, datetime | None]) -> Statement:
+    """Return the statement for codes that came to no verdict: it takes back their charges, and nothing else.
 
     For a subject without a budget it costs nearly what `charge` costs, and does nothing.
     """
-    return _QUERIES["forget_failures"], {**_params(subject), "charged_ats": [charged_at]}
+    return _QUERIES["forget_failures"], _charged(charges)
 
 
-def _params(subject: Subject) -> dict[str, object]:
-    user_id, purpose = subject
-    return {"user_ids": [user_id], "purposes": [purpose]}
+def _params(subjects: Sequence[Subject]) -> dict[str, object]:
+    return {"user_ids": [user_id for user_id, _ in subjects], "purposes": [purpose for _, purpose in subjects]}
+
+
+def _charged(charges: Sequence[tuple[Subject, datetime | None]]) -> dict[str, object]:
+    return {**_params([subject for subject, _ in charges]), "charged_ats": [charged_at for _, charged_at in charges]}

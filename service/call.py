@@ -108,9 +108,22 @@ class ServedCall(Call):
 
 
 current_call: ContextVar[Call] = ContextVar("current_call")
-"""The call that this task serves."""
+"""The call that this task serves, where it serves one alone."""
+
+_calls_together: ContextVar[Sequence[Call]] = ContextVar("_calls_together", default=())
 
 
-def about(**subject: object) -> None:
-    """Note whom and what the current call is about, as the database tells it, for its audit event. No secrets."""
-    current_call.get().subject = {name: str(value) for name, value in subject.items()}
+def serve_together(calls: Sequence[Call]) -> None:
+    """Say which calls this task serves, where it serves several at once."""
+    _calls_together.set(calls)
+
+
+def calls_served() -> Sequence[Call]:
+    """Return the calls that this task serves, one or several; none where it works for itself."""
+    alone = current_call.get(None)
+    return _calls_together.get() if alone is None else (alone,)
+
+
+def about(call: Call, **subject: object) -> None:
+    """Note whom and what a call is about, as the database tells it, for its audit event. No secrets."""
+    call.subject = {name: str(value) for name, value in subject.items()}

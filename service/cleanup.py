@@ -63,9 +63,9 @@ class Cleanup:
         """Start to connect."""
         await self._database.open()
 
-    def maybe(self) -> None:
-        """Start a sweep with the chance that the settings name, unless one is under way."""
-        if self._sweep is None and chance(self._settings.cleanup_probability):
+    def maybe(self, writes: int) -> None:
+        """Start a sweep with the chance that the settings name, for each of so many writes, unless one is under way."""
+        if self._sweep is None and chance(1 - (1 - self._settings.cleanup_probability) ** writes):
             self._sweep = asyncio.create_task(self._run())
             self._sweep.add_done_callback(self._ended)
 

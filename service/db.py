@@ -20,7 +20,7 @@ import psycopg
 from psycopg.rows import DictRow, dict_row
 from psycopg_pool import AsyncConnectionPool, PoolClosed, PoolTimeout, TooManyRequests
 
-from service.call import Call, current_call
+from service.call import Call, calls_served, current_call
 from service.errors import DatabaseUnavailable, InternalError, OnetimeError, OutcomeUnknown
 
 Connection = psycopg.AsyncConnection[DictRow]
@@ -29,6 +29,9 @@ T = TypeVar("T")
 
 LOCK_TIMEOUT_MS: Final = 2_000
 """A row lock is held for milliseconds. Less than the statement's time, so that the error names the cause."""
+
+IMPATIENCE_MS: Final = 100
+"""How long a transaction waits for a lock in which several calls share, before it is done in parts."""
 
 STATEMENT_TIMEOUT_MS: Final = 4_000
 """Less than the server's cap on a call (5 s), so that the database gives up first."""
@@ -49,6 +52,11 @@ CONNECT_TIMEOUT_S: Final = 3
 RECONNECT_TIMEOUT_S: Final = 2.0
 """How long the pool itself tries to replace a lost connection; after that, each call that finds none starts it anew. By
 default it tries for minutes, with ever longer pauses, and in such a pause nobody notices that the database is back."""
+
+
+def skipping_locked(query: str) -> str:
+    """Return a statement that passes over rows which others have locked, where as it stands it waits for them."""
+    return query.replace("/* skip locked */", "skip locked")
 
 
 def load_queries(stem: str) -> Mapping[str, str]:
@@ -72,6 +80,10 @@ CHARGE_NOBODY: Final[tuple[str, Params]] = (_QUERIES["charge_nobody"], {})
 """The statement that costs as much as counting a wrong guess, where there is nothing to count on."""
 
 
+class StatementFailed(DatabaseUnavailable):
+    """The server refused a statement; nothing happened."""
+
+
 class Transaction:
     """One transaction on one connection. A class because only it knows whether a lost connection leaves doubt."""
 
@@ -80,6 +92,8 @@ class Transaction:
         self._connection = connection
         self.begun = False
         self.committed = False
+        self.impatient = False
+        """Whether to fail on a lock soon, and not to wait for as long as a call on its own would."""
         self.in_doubt = False
         """Whether COMMIT was sent and its outcome not heard."""
 
@@ -133,6 +147,8 @@ class Transaction:
         async with asyncio.timeout(TRIP_TIMEOUT_S), self._connection.pipeline():
             if begin:
                 await self._connection.execute("BEGIN")
+                if self.impatient:
+                    await self._connection.execute(_QUERIES["be_impatient"], {"lock_timeout": f"{IMPATIENCE_MS}"})
             cursors = [await self._connection.execute(query, params) for query, params in statements]
             if commit:
                 # From here on the server may have committed, whatever we hear of it. Not before: a connection that was
@@ -150,10 +166,9 @@ class Transaction:
                     await self._connection.execute("ROLLBACK")
 
     def _tell(self, *, in_doubt: bool) -> None:
-        """Remember whether there is doubt, and tell the call, which may reach its time limit meanwhile."""
+        """Remember whether there is doubt, and tell the calls, which may reach their time limits meanwhile."""
         self.in_doubt = in_doubt
-        call = current_call.get(None)
-        if call is not None:
+        for call in calls_served():
             call.in_doubt = in_doubt
 
 
@@ -165,8 +180,8 @@ def _connection_lost(error: psycopg.Error, connection: Connection) -> bool:
 class Database:
     """The pool, and the tasks that no caller can cancel. A class because both live as long as the server."""
 
-    def __init__(self, url: str, *, pool_size: int, after_write: Callable[[], None] = lambda: None) -> None:
-        """Describe the pool; `open` fills it. `after_write` is called after each success of `run`."""
+    def __init__(self, url: str, *, pool_size: int, after_write: Callable[[int], None] = lambda _: None) -> None:
+        """Describe the pool; `open` fills it. `after_write` is called after each success of `run`, with its writes."""
         self._after_write = after_write
         self._tasks: set[asyncio.Task[Any]] = set()
         self.pool: AsyncConnectionPool[Connection] = AsyncConnectionPool(
@@ -202,20 +217,25 @@ class Database:
             await asyncio.wait(self._tasks)
         await self.pool.close()
 
-    async def run(self, work: Callable[[Transaction], Awaitable[T]]) -> T:
+    async def run(self, work: Callable[[Transaction], Awaitable[T]], *, writes: int = 1) -> T:
         """Run work in a transaction that a caller who hangs up cannot undo.
 
         `work` decides: it ends with `commit`, or leaves the transaction to be rolled back by raising or by returning
         without. It is called once more, on a new connection, if the first was lost before anything was sent to be
         committed, or led to a server that takes no writes.
 
+        Args:
+            work: What to do.
+            writes: How many calls it does it for.
+
         Raises:
+            StatementFailed: Nothing happened, since the server refused a statement.
             DatabaseUnavailable: Nothing happened.
             OutcomeUnknown: Nobody can know whether it happened.
         """
         result = await self.protect(self._transact(work))
         # In a context of its own: what it starts belongs to no call.
-        Context().run(self._after_write)
+        Context().run(self._after_write, writes)
         return result
 
     async def commit(self, *statements: tuple[str, Params]) -> list[list[DictRow]]:
@@ -256,10 +276,7 @@ class Database:
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
-            call = current_call.get(None)
-            if call is not None:
-                call.unheard = task
-            task.add_done_callback(partial(_log_unheard, call if decides else None))
+            leave_unheard(task, decides=decides)
             raise
 
     async def _transact(self, work: Callable[[Transaction], Awaitable[T]]) -> T:
@@ -300,7 +317,15 @@ class Database:
         return await self.protect(self._transact(read), decides=False)
 
 
-def _log_unheard(call: Call | None, task: asyncio.Task[Any]) -> None:
+def leave_unheard(work: asyncio.Future[Any], *, decides: bool = True) -> None:
+    """Note that the current call's caller has gone while this work goes on, and have it logged what it decides."""
+    call = current_call.get(None)
+    if call is not None:
+        call.unheard = work
+    work.add_done_callback(partial(_log_unheard, call if decides else None))
+
+
+def _log_unheard(call: Call | None, task: asyncio.Future[Any]) -> None:
     """Log how work ended whose caller has gone: what was decided is on record, though nobody heard it."""
     if task.cancelled():
         return
@@ -343,7 +368,7 @@ def _translated(error: psycopg.Error | TimeoutError, transaction: Transaction, c
         return _WrongConnectionError()
     if isinstance(error, psycopg.OperationalError):
         # Timeouts of a lock or a statement, a full disk: the statement failed whole.
-        return DatabaseUnavailable()
+        return StatementFailed()
     return error
 
 

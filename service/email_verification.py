@@ -9,11 +9,11 @@ however many arrive at once.
 """
 
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, Self, TypeAlias
 
 import grpc.aio
 from onetime.v1 import email_verification_pb2 as pb
@@ -21,10 +21,18 @@ from onetime.v1 import email_verification_pb2_grpc as pb_grpc
 from psycopg.errors import ForeignKeyViolation
 
 from service import budgets, outbox
-from service.call import about, current_call
+from service.call import Call, about, current_call
 from service.config import Settings
 from service.crypto import EMAIL_CODE_LENGTH, Keyring, equal, new_code, new_email_token
-from service.db import CHARGE_NOBODY, Database, Params, Transaction, load_queries
+from service.db import (
+    CHARGE_NOBODY,
+    Database,
+    Params,
+    StatementFailed,
+    Transaction,
+    load_queries,
+    skipping_locked,
+)
 from service.errors import (
     AttemptsExhausted,
     CallerNotAllowed,
@@ -40,12 +48,14 @@ from service.errors import (
     UserNotFound,
 )
 from service.fields import Fields
-from service.receipts import Intent
+from service.receipts import Intent, claim, drop_refused, settle
+from service.sets import Outcome, Sets, Skipped, each
 
 _QUERIES = load_queries("email_verification")
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Row = Mapping[str, Any]
+Statement: TypeAlias = tuple[str, Params]
 
 _REFUSALS: Final[Mapping[pb.State.ValueType, type[CredentialError]]] = {
     pb.STATE_USED: TokenUsed,
@@ -79,36 +89,40 @@ class _Key:
 
     id: uuid.UUID | None
     token_hashes: Sequence[str]
+    caller: str | None
+    """Whose it must be, since others' are as if there were none; None if any."""
 
-    def params(self) -> Params:
-        """Return the parameters of `find_verifications` and `lock_verifications`: others' are as if there were none."""
+    @classmethod
+    def of(cls, row_id: uuid.UUID | None, token_hashes: Sequence[str] = ()) -> Self:
+        """Describe the verification that the current call means."""
         call = current_call.get()
-        caller = None if call.permissions.any_caller else call.caller
-        if self.id:
-            return {"ords": [1], "ids": [self.id], "token_hashes": [None], "callers": [caller]}
-        count = len(self.token_hashes)
-        return {
-            "ords": [1] * count,
-            "ids": [None] * count,
-            "token_hashes": self.token_hashes,
-            "callers": [caller] * count,
-        }
+        return cls(row_id, token_hashes, None if call.permissions.any_caller else call.caller)
 
-    def lock(self) -> tuple[str, Params]:
-        """Return the statement that locks the verification until the end of the transaction."""
-        return _QUERIES["lock_verifications"], self.params()
-
-    def locked(self, rows: Sequence[Row]) -> Row:
-        """Return what `lock` found.
+    def refuse_unless_meant(self, row: Row) -> None:
+        """Refuse a verification whose token was replaced while this call waited, by a retry of its start.
 
         Raises:
-            TokenNotFound: Nothing; or, while this call waited, a retry of StartEmailVerification replaced the token.
+            TokenNotFound: It was.
         """
-        row = _only(rows)
-        _about(row)
         if not self.id and row["token_hash"] not in self.token_hashes:
             raise TokenNotFound
-        return row
+
+
+def _find(keys: Sequence[_Key]) -> Params:
+    """Return the parameters of `find_verifications` and `lock_verifications`."""
+    wanted = [
+        (number, key.id, token_hash, key.caller)
+        for number, key in enumerate(keys)
+        for token_hash in ((None,) if key.id else key.token_hashes)
+    ]
+    ords, ids, token_hashes, callers = zip(*wanted, strict=True)
+    return {"ords": list(ords), "ids": list(ids), "token_hashes": list(token_hashes), "callers": list(callers)}
+
+
+def _lock(*keys: _Key) -> Statement:
+    """Return the statement that locks verifications, to the end of the transaction; of several, those that are free."""
+    query = _QUERIES["lock_verifications"]
+    return query if len(keys) == 1 else skipping_locked(query), _find(keys)
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -124,6 +138,24 @@ class _NewVerification:
     address: str | None
     """Where to mail the code; None if it is returned."""
     locale: str
+    intent: Intent
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class _Guess:
+    """A code that is presented with a token."""
+
+    intent: Intent
+    key: _Key
+    code: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Verdict:
+    """What was found about a guess; of a wrong one, what its caller is told."""
+
+    row: Row
+    mismatch: CodeMismatch | None = None
 
 
 class EmailVerifications(pb_grpc.EmailVerificationServiceServicer):
@@ -152,6 +184,13 @@ class EmailVerifications(pb_grpc.EmailVerificationServiceServicer):
         self._ring = ring
         self._adds_users = adds_users
         self._on_mail = on_mail
+        self._starts: Sets[_NewVerification, Row] = Sets(
+            self._start_all, keys=lambda new: (new.user_id, *new.intent.keys)
+        )
+        self._guesses: Sets[_Guess, Row] = Sets(
+            self._verify_all, keys=lambda guess: (guess.key.token_hashes[0], *guess.intent.keys)
+        )
+        self._looks: Sets[_Key, Row] = Sets(self._find_all, keys=lambda _: ())
 
     async def StartEmailVerification(
         self, request: pb.StartEmailVerificationRequest, context: Context
@@ -187,68 +226,90 @@ class EmailVerifications(pb_grpc.EmailVerificationServiceServicer):
             code=new_code(EMAIL_CODE_LENGTH),
             address=address,
             locale=request.send_email.locale,
+            intent=Intent.of(self._ring, request, request_id),
         )
-        return await self._database.run(partial(self._start, Intent.of(self._ring, request, request_id), new))
-
-    async def _start(
-        self, intent: Intent, new: _NewVerification, transaction: Transaction
-    ) -> pb.StartEmailVerificationResponse:
-        spender = (new.user_id, budgets.EMAIL_VERIFICATION)
-        known: tuple[str, Params] = (_QUERIES["find_users"], {"user_ids": [new.user_id]})
-        earlier, (users, _, (budget,)) = await intent.claim(transaction, known, *budgets.lock(spender))
-        if earlier:
-            return await self._restart(earlier.row_id, new, transaction)
-        if not users and not self._adds_users:
-            raise UserNotFound
-        budgets.refuse_sends(self._settings, budget)
-        params: Params = {
-            "ids": [new.id],
-            "user_ids": [new.user_id],
-            "token_hashes": [new.token_hash],
-            "sealed_codes": [self._seal(new.code, new.id, new.user_id, new.token_hash)],
-            "ttls": [new.ttl.total_seconds()],
-            "callers": [intent.caller],
-            "deliveries": ["return_code" if new.address is None else "send_email"],
-        }
-        statements: list[tuple[str, Params]] = [(_QUERIES["start_verifications"], params)]
-        if new.address is not None:
-            statements.insert(0, outbox.queue(self._ring, new.id, address=new.address, locale=new.locale))
-        if not users:
-            statements.insert(0, (_QUERIES["add_users"], {"user_ids": [new.user_id]}))
-        try:
-            *_, rows = await transaction.commit(
-                budgets.spend(self._settings, spender), *intent.settle(new.id), *statements
-            )
-        except ForeignKeyViolation:
-            rows = []
-        if not rows:
-            # The host deleted the user since our look.
-            raise UserNotFound
-        (row,) = rows
-        _about(row)
-        if new.address is not None:
-            self._mail_queued()
-            row = {**row, "delivery_state": "queued"}
-        return self._started(row, new.token, new.code)
-
-    def _started(self, row: Row, token: str, code: str) -> pb.StartEmailVerificationResponse:
+        row = await self._starts.run(new)
         response = pb.StartEmailVerificationResponse(
             verification=self._verification(row), email_verification_token=token
         )
         if row["delivery"] == "return_code":
-            response.code = code
+            response.code = row["code"]
         return response
 
-    def _mail_queued(self) -> None:
-        if self._on_mail is not None:
-            self._on_mail()
+    async def _start_all(self, news: Sequence[_NewVerification]) -> Sequence[Outcome[Row]]:
+        return await self._database.run(partial(self._start, news), writes=len(news))
 
-    async def _restart(
-        self, row_id: uuid.UUID, new: _NewVerification, transaction: Transaction
-    ) -> pb.StartEmailVerificationResponse:
+    async def _start(self, news: Sequence[_NewVerification], transaction: Transaction) -> Sequence[Outcome[Row]]:
+        alone = len(news) == 1
+        transaction.impatient = not alone
+        intents = [new.intent for new in news]
+        subjects = [_subject(new.user_id) for new in news]
+        find_users: Statement = (_QUERIES["find_users"], {"user_ids": [new.user_id for new in news]})
+        lock = budgets.lock(*subjects) if alone else budgets.lock_free(subjects)
+        receipts, (users, _, locked) = await claim(transaction, intents, find_users, *lock)
+        if alone and (earlier := intents[0].earlier(receipts[0])):
+            return [await self._restart(earlier.row_id, news[0], transaction)]
+        known = {row["id"] for row in users}
+        budget_of = {row["user_id"]: row for row in locked}
+
+        def judge(new: _NewVerification, receipt: Row | None) -> _NewVerification:
+            if new.user_id not in budget_of or new.intent.earlier(receipt):
+                raise Skipped
+            if new.user_id not in known and not self._adds_users:
+                raise UserNotFound
+            budgets.refuse_sends(self._settings, budget_of[new.user_id])
+            return new
+
+        judged = each(judge, news, receipts)
+        started = [new for new in judged if not isinstance(new, Exception)]
+        if not started:
+            return [outcome for outcome in judged if isinstance(outcome, Exception)]
+        try:
+            *_, rows = await transaction.commit(
+                budgets.spend(self._settings, *(_subject(new.user_id) for new in started)),
+                *settle(*((new.intent, new.id, None) for new in started)),
+                *drop_refused(intents, receipts, judged),
+                *self._store(started, known),
+            )
+        except ForeignKeyViolation as error:
+            # The host deleted a user since our look. Of several, it is found out of whom, alone.
+            raise UserNotFound if alone else StatementFailed from error
+        stored = {row["id"]: row for row in rows}
+        if any(new.address is not None for new in started) and self._on_mail is not None:
+            self._on_mail()
+        return [new if isinstance(new, Exception) else self._started(new, stored.get(new.id)) for new in judged]
+
+    def _store(self, news: Sequence[_NewVerification], known: Collection[uuid.UUID]) -> list[Statement]:
+        """Return the statements that store verifications; the last one gives their rows."""
+        unknown = [new.user_id for new in news if new.user_id not in known]
+        mails = [outbox.Mail(new.id, new.address, new.locale) for new in news if new.address is not None]
+        params: Params = {
+            "ids": [new.id for new in news],
+            "user_ids": [new.user_id for new in news],
+            "token_hashes": [new.token_hash for new in news],
+            "sealed_codes": [self._seal(new.code, new.id, new.user_id, new.token_hash) for new in news],
+            "ttls": [new.ttl.total_seconds() for new in news],
+            "callers": [new.intent.call.caller for new in news],
+            "deliveries": ["return_code" if new.address is None else "send_email" for new in news],
+        }
+        return [
+            *([(_QUERIES["add_users"], {"user_ids": unknown})] if unknown else []),
+            *([outbox.queue(self._ring, mails)] if mails else []),
+            (_QUERIES["start_verifications"], params),
+        ]
+
+    def _started(self, new: _NewVerification, row: Row | None) -> Outcome[Row]:
+        if row is None:
+            # The host deleted the user since our look.
+            return UserNotFound()
+        _about(new.intent.call, row)
+        return {**row, "code": new.code, "delivery_state": None if new.address is None else "queued"}
+
+    async def _restart(self, row_id: uuid.UUID, new: _NewVerification, transaction: Transaction) -> Row:
         """Give the verification of an earlier try the token of this one, if it is still pending. Its code stays."""
-        key = _Key(row_id, ())
-        row = key.locked(await transaction.fetch(*key.lock()))
+        key = _Key(row_id, (), new.intent.call.caller)
+        row = _only(await transaction.fetch(*_lock(key)))
+        _about(new.intent.call, row)
         self._refuse_unless_pending(row)
         code = self._unseal(row)
         params: Params = {
@@ -258,7 +319,7 @@ class EmailVerifications(pb_grpc.EmailVerificationServiceServicer):
             "sealed_codes": [self._seal(code, row_id, row["user_id"], new.token_hash)],
         }
         rows, *_ = await transaction.commit((_QUERIES["refresh_verifications"], params))
-        return self._started({**row, **rows[0]}, new.token, code)
+        return {**row, **rows[0], "code": code}
 
     async def VerifyCode(self, request: pb.VerifyCodeRequest, context: Context) -> pb.VerifyCodeResponse:
         """Accept token and code once."""
@@ -269,47 +330,107 @@ class EmailVerifications(pb_grpc.EmailVerificationServiceServicer):
         request_id = fields.request_id(request.request_id)
         fields.done()
 
-        intent = Intent.of(self._ring, request, request_id)
-        row = await self._database.run(partial(self._verify, intent, key, code))
+        row = await self._guesses.run(_Guess(Intent.of(self._ring, request, request_id), key, code))
         return pb.VerifyCodeResponse(verification=self._verification(row))
 
-    async def _verify(self, intent: Intent, key: _Key, code: str, transaction: Transaction) -> Row:
-        earlier, (rows,) = await intent.claim(transaction, key.lock())
-        if earlier:
-            # The first try was right: a wrong one's answer is kept, and raised by claim. A used row stays as it is.
-            row = _only(await transaction.fetch(_QUERIES["find_verifications"], _Key(earlier.row_id, ()).params()))
-            _about(row)
-            if row["used_at"] is None:
-                # It was right, and too late: see below.
-                raise TokenExpired
-            return row
-        try:
-            row = key.locked(rows)
-            right_code = self._unseal(row)
-        except TokenNotFound:
-            # As much work as a charge: otherwise the time of an answer would tell what exists.
-            nobody = (uuid.uuid4(), budgets.EMAIL_VERIFICATION)
-            charge_none: tuple[str, Params] = (_QUERIES["charge_verifications"], {"token_hashes": [""]})
-            await transaction.commit(budgets.forget(nobody, None), charge_none, CHARGE_NOBODY, *intent.drop())
-            raise
+    async def _verify_all(self, guesses: Sequence[_Guess]) -> Sequence[Outcome[Row]]:
+        return await self._database.run(partial(self._verify, guesses), writes=len(guesses))
+
+    async def _verify(self, guesses: Sequence[_Guess], transaction: Transaction) -> Sequence[Outcome[Row]]:
+        alone = len(guesses) == 1
+        transaction.impatient = not alone
+        intents = [guess.intent for guess in guesses]
+        receipts, (locked,) = await claim(transaction, intents, _lock(*(guess.key for guess in guesses)))
+        if alone and (earlier := intents[0].earlier(receipts[0])):
+            return [await self._verified_before(earlier.row_id, intents[0], transaction)]
+        row_of = {row["ord"]: row for row in locked}
+        seen: set[uuid.UUID] = set()
+
+        def judge(guess: _Guess, receipt: Row | None, row: Row | None) -> _Verdict:
+            if guess.intent.earlier(receipt) or (row is not None and row["skipped"] and not alone):
+                raise Skipped
+            if row is None or row["token_hash"] is None:
+                raise TokenNotFound
+            if row["user_id"] in seen:
+                # The one before it may change the budget that this one is judged by.
+                raise Skipped
+            seen.add(row["user_id"])
+            return self._judge(guess, row)
+
+        verdicts = each(judge, guesses, receipts, map(row_of.get, range(len(guesses))))
+        decided = [
+            (guess, found) for guess, found in zip(guesses, verdicts, strict=True) if isinstance(found, _Verdict)
+        ]
+        unknown = any(isinstance(verdict, TokenNotFound) for verdict in verdicts)
+        if not decided and not unknown:
+            return [verdict for verdict in verdicts if isinstance(verdict, Exception)]
+        right = [verdict.row for _, verdict in decided if verdict.mismatch is None]
+        wrong = [verdict.row for _, verdict in decided if verdict.mismatch is not None]
+        writes = [
+            *settle(*((guess.intent, verdict.row["id"], verdict.mismatch) for guess, verdict in decided)),
+            *drop_refused(intents, receipts, verdicts),
+            *(_charge_nobody() if unknown else []),
+            *(self._charge(wrong) if wrong else []),
+        ]
+        used = await self._use(right, writes, transaction)
+        return [
+            verdict
+            if isinstance(verdict, Exception)
+            else verdict.mismatch or used.get(verdict.row["id"]) or TokenExpired()
+            for verdict in verdicts
+        ]
+
+    def _judge(self, guess: _Guess, row: Row) -> _Verdict:
+        """Judge a guess at a verification that is locked.
+
+        Raises:
+            CredentialError: It is not compared.
+        """
+        _about(guess.intent.call, row)
+        guess.key.refuse_unless_meant(row)
+        right_code = self._unseal(row)
         self._refuse_unless_pending(row)
         budgets.refuse_failures(self._settings, row)
-        subject = (row["user_id"], budgets.EMAIL_VERIFICATION)
-        if not equal(code, right_code):
-            mismatch = CodeMismatch(self._attempts_remaining(row) - 1)
-            charge: tuple[str, Params] = (_QUERIES["charge_verifications"], {"token_hashes": [row["token_hash"]]})
-            charged_at = budgets.name_of_charge(row)
-            await transaction.commit(
-                budgets.charge(self._settings, subject, charged_at), charge, *intent.settle(row["id"], mismatch)
-            )
-            raise mismatch
-        use: tuple[str, Params] = (_QUERIES["use_verifications"], {"ids": [row["id"]]})
-        run_ends = [budgets.end_run(subject, None)] if row["failures_in_a_row"] else []
-        used, *_, mails = await transaction.commit(use, *intent.settle(row["id"]), *run_ends, *_end_mail(row))
-        if not used:
-            # It expired between the lock and the update.
+        if equal(guess.code, right_code):
+            return _Verdict(row)
+        return _Verdict(row, CodeMismatch(self._attempts_remaining(row) - 1))
+
+    def _charge(self, rows: Sequence[Row]) -> list[Statement]:
+        """Return the statements that count wrong codes."""
+        charges = [(_subject(row["user_id"]), budgets.name_of_charge(row)) for row in rows]
+        return [
+            budgets.charge(self._settings, *charges),
+            (_QUERIES["charge_verifications"], {"token_hashes": [row["token_hash"] for row in rows]}),
+        ]
+
+    async def _use(
+        self, right: Sequence[Row], writes: Sequence[Statement], transaction: Transaction
+    ) -> Mapping[uuid.UUID, Row]:
+        """Spend verifications and commit, and return their rows; of one that expired since it was locked, none."""
+        if not right:
+            await transaction.commit(*writes)
+            return {}
+        runs = [(_subject(row["user_id"]), None) for row in right if row["failures_in_a_row"]]
+        mailed = [row["id"] for row in right if row["delivery"] == "send_email"]
+        used, *others = await transaction.commit(
+            (_QUERIES["use_verifications"], {"ids": [row["id"] for row in right]}),
+            *writes,
+            *([budgets.end_runs(*runs)] if runs else []),
+            *([outbox.end(mailed)] if mailed else []),
+        )
+        row_of = {row["id"]: row for row in right}
+        mail_of = {row["id"]: row for row in others[-1]} if mailed else {}
+        return {row["id"]: {**row_of[row["id"]], **row, **mail_of.get(row["id"], {})} for row in used}
+
+    async def _verified_before(self, row_id: uuid.UUID, intent: Intent, transaction: Transaction) -> Row:
+        """Return the verification of an earlier try that was right: a wrong one's answer is kept. It stays as it is."""
+        key = _Key(row_id, (), intent.call.caller)
+        row = _only(await transaction.fetch(_QUERIES["find_verifications"], _find([key])))
+        _about(intent.call, row)
+        if row["used_at"] is None:
+            # It was right, and too late: see `_use`.
             raise TokenExpired
-        return {**row, **used[0], **_mail_of(row, mails)}
+        return row
 
     async def ResendCode(self, request: pb.ResendCodeRequest, context: Context) -> pb.ResendCodeResponse:
         """Send the same code again."""
@@ -323,12 +444,12 @@ class EmailVerifications(pb_grpc.EmailVerificationServiceServicer):
         return await self._database.run(partial(self._resend, intent, key))
 
     async def _resend(self, intent: Intent, key: _Key, transaction: Transaction) -> pb.ResendCodeResponse:
-        earlier, (rows,) = await intent.claim(transaction, key.lock())
-        if earlier:
+        (receipt,), (rows,) = await claim(transaction, [intent], _lock(key))
+        if earlier := intent.earlier(receipt):
             # What it asks for is done. The answer tells how the verification stands now.
-            key = _Key(earlier.row_id, ())
-            return self._resent(key.locked(await transaction.fetch(*key.lock())))
-        row = key.locked(rows)
+            key = _Key.of(earlier.row_id)
+            return self._resent(self._locked(key, await transaction.fetch(*_lock(key))))
+        row = self._locked(key, rows)
         self._refuse_unless_pending(row)
         wait = row["last_sent_at"] + self._settings.send_interval - row["now"]
         if wait > timedelta():
@@ -339,14 +460,14 @@ class EmailVerifications(pb_grpc.EmailVerificationServiceServicer):
         budgets.refuse_sends(self._settings, row)
         response = self._resent(row)
         *_, mails = await transaction.commit(
-            budgets.spend(self._settings, (row["user_id"], budgets.EMAIL_VERIFICATION)),
+            budgets.spend(self._settings, _subject(row["user_id"])),
+            *settle((intent, row["id"], None)),
             (_QUERIES["mark_resent"], {"token_hashes": [row["token_hash"]]}),
-            *intent.settle(row["id"]),
             *([outbox.requeue(row["id"])] if by_mail else []),
         )
-        if by_mail:
-            self._mail_queued()
-            response.verification.CopyFrom(self._verification({**row, **_mail_of(row, mails)}))
+        if by_mail and self._on_mail is not None:
+            self._on_mail()
+            response.verification.CopyFrom(self._verification({**row, **mails[0]}))
         return response
 
     def _resent(self, row: Row) -> pb.ResendCodeResponse:
@@ -362,14 +483,14 @@ class EmailVerifications(pb_grpc.EmailVerificationServiceServicer):
         """Record that the caller has mailed the code."""
         del context
         fields = Fields()
-        key = _Key(fields.identifier("id", request.id), ())
+        key = _Key.of(fields.identifier("id", request.id))
         fields.done()
 
         row = await self._database.run(partial(self._mark_code_sent, key))
         return pb.MarkCodeSentResponse(verification=self._verification(row))
 
     async def _mark_code_sent(self, key: _Key, transaction: Transaction) -> Row:
-        row = key.locked(await transaction.fetch(*key.lock()))
+        row = self._locked(key, await transaction.fetch(*_lock(key)))
         if row["delivery"] == "send_email":
             raise InvalidRequest({"id": "a verification that was started with return_code is required"})
         self._refuse_unless_pending(row)
@@ -383,10 +504,14 @@ class EmailVerifications(pb_grpc.EmailVerificationServiceServicer):
     ) -> pb.GetEmailVerificationResponse:
         """Tell how a verification stands."""
         del context
-        key = self._key(request)
-        row = _only(await self._database.fetch(_QUERIES["find_verifications"], key.params()))
-        _about(row)
+        row = await self._looks.run(self._key(request))
+        _about(current_call.get(), row)
         return pb.GetEmailVerificationResponse(verification=self._verification(row))
+
+    async def _find_all(self, keys: Sequence[_Key]) -> Sequence[Outcome[Row]]:
+        rows = await self._database.fetch(_QUERIES["find_verifications"], _find(keys))
+        row_of = {row["ord"]: row for row in rows}
+        return [row_of.get(number) or TokenNotFound() for number in range(len(keys))]
 
     async def CancelEmailVerification(
         self, request: pb.CancelEmailVerificationRequest, context: Context
@@ -397,31 +522,46 @@ class EmailVerifications(pb_grpc.EmailVerificationServiceServicer):
         return pb.CancelEmailVerificationResponse(verification=self._verification(row))
 
     async def _cancel(self, key: _Key, transaction: Transaction) -> Row:
-        row = key.locked(await transaction.fetch(*key.lock()))
+        row = self._locked(key, await transaction.fetch(*_lock(key)))
         if row["used_at"] is not None:
             raise TokenUsed
         if row["deleted_at"] is not None:
             return row
-        cancel: tuple[str, Params] = (_QUERIES["cancel_verifications"], {"ids": [row["id"]]})
-        rows, *_, mails = await transaction.commit(cancel, *_end_mail(row))
-        return {**row, **rows[0], **_mail_of(row, mails)}
+        cancel: Statement = (_QUERIES["cancel_verifications"], {"ids": [row["id"]]})
+        mailed = row["delivery"] == "send_email"
+        rows, *mails = await transaction.commit(cancel, *([outbox.end([row["id"]])] if mailed else []))
+        return {**row, **rows[0], **(mails[0][0] if mailed and mails[0] else {})}
+
+    def _locked(self, key: _Key, rows: Sequence[Row]) -> Row:
+        """Return the verification that this transaction has locked.
+
+        Raises:
+            TokenNotFound: There is none.
+        """
+        row = _only(rows)
+        if row["token_hash"] is None:
+            # It went while this call waited for it.
+            raise TokenNotFound
+        _about(current_call.get(), row)
+        key.refuse_unless_meant(row)
+        return row
 
     def _key(self, request: pb.GetEmailVerificationRequest | pb.CancelEmailVerificationRequest) -> _Key:
         """Return which verification a request means, by id or by token."""
         fields = Fields()
         match request.WhichOneof("key"):
             case "id":
-                key = _Key(fields.identifier("id", request.id), ())
+                key = _Key.of(fields.identifier("id", request.id))
             case "email_verification_token":
                 key = self._token_key(fields, request.email_verification_token)
             case _:
                 fields.refuse("key", "id or email_verification_token is required")
-                key = _Key(None, ())
+                key = _Key.of(None)
         fields.done()
         return key
 
     def _token_key(self, fields: Fields, token: str) -> _Key:
-        return _Key(None, self._ring.email_token_hashes(fields.email_token("email_verification_token", token)))
+        return _Key.of(None, self._ring.email_token_hashes(fields.email_token("email_verification_token", token)))
 
     def _seal(self, code: str, row_id: uuid.UUID, user_id: uuid.UUID, token_hash: str) -> str:
         return self._ring.seal_code(code, row_id=row_id, user_id=user_id, token_hash=token_hash)
@@ -477,19 +617,23 @@ class EmailVerifications(pb_grpc.EmailVerificationServiceServicer):
         )
 
 
-def _end_mail(row: Row) -> list[tuple[str, Params]]:
-    """Return the statement for a verification that is over: its code is not mailed any more."""
-    return [outbox.end(row["id"])] if row["delivery"] == "send_email" else []
+def _subject(user_id: uuid.UUID) -> budgets.Subject:
+    """Return whose budget a verification's guesses and sends are counted on."""
+    return user_id, budgets.EMAIL_VERIFICATION
 
 
-def _mail_of(row: Row, mails: Sequence[Row]) -> Row:
-    """Return how the mail stands, of what the last statement gave, which was about a mail if there is one."""
-    return mails[0] if mails and row["delivery"] == "send_email" else {}
+def _charge_nobody() -> list[Statement]:
+    """Return as much work as a charge: otherwise the time of an answer would tell what exists."""
+    return [
+        budgets.forget((_subject(uuid.uuid4()), None)),
+        (_QUERIES["charge_verifications"], {"token_hashes": [""]}),
+        CHARGE_NOBODY,
+    ]
 
 
-def _about(row: Row) -> None:
-    """Note which verification this call is about."""
-    about(user_id=row["user_id"], verification_id=row["id"])
+def _about(call: Call, row: Row) -> None:
+    """Note which verification a call is about."""
+    about(call, user_id=row["user_id"], verification_id=row["id"])
 
 
 def _only(rows: Sequence[Row]) -> Row:

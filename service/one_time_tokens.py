@@ -22,10 +22,18 @@ from onetime.v1 import one_time_tokens_pb2_grpc as pb_grpc
 from psycopg.errors import ForeignKeyViolation
 
 from service import budgets
-from service.call import about, current_call
+from service.call import Call, about, current_call
 from service.config import Settings
 from service.crypto import CodeHasher, CodeSubject, Keyring, binds_row, is_slow, new_code, new_link_secret
-from service.db import CHARGE_NOBODY, Database, Params, Transaction, load_queries
+from service.db import (
+    CHARGE_NOBODY,
+    Database,
+    Params,
+    StatementFailed,
+    Transaction,
+    load_queries,
+    skipping_locked,
+)
 from service.errors import (
     AttemptsExhausted,
     CallerNotAllowed,
@@ -38,7 +46,8 @@ from service.errors import (
 )
 from service.fields import MESSAGE_TYPES, STORED_TYPES, Fields
 from service.hashing import Hashing
-from service.receipts import Intent
+from service.receipts import Intent, claim, drop, drop_refused, settle
+from service.sets import Outcome, Sets, Skipped, each
 
 _QUERIES = load_queries("one_time_tokens")
 
@@ -59,6 +68,15 @@ class _LinkCredential:
     secret: str
 
 
+@dataclass(frozen=True, slots=True)
+class _Link:
+    """A link that is presented, by what may be stored for it."""
+
+    intent: Intent
+    token_type: str
+    token_hashes: Sequence[str]
+
+
 @dataclass(frozen=True, slots=True, repr=False)
 class _CodeCredential:
     token_type: str
@@ -75,6 +93,7 @@ class _NewToken:
     ttl: timedelta
     secret: str
     token_hash: str
+    intent: Intent
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +120,13 @@ class OneTimeTokens(pb_grpc.OneTimeTokenServiceServicer):
         self._ring = ring
         self._hasher = hasher
         self._hashing = hashing
+        self._issues: Sets[_NewToken, Row] = Sets(
+            self._issue_all, keys=lambda token: (_spender_of(token.subject), *token.intent.keys)
+        )
+        self._looks: Sets[_Link, Row] = Sets(self._find_links, keys=lambda _: ())
+        self._uses: Sets[_Link, pb.ConsumeTokenResponse] = Sets(
+            self._consume_all, keys=lambda link: (link.token_hashes[0], *link.intent.keys)
+        )
 
     async def IssueToken(self, request: pb.IssueTokenRequest, context: Context) -> pb.IssueTokenResponse:
         """Make a token."""
@@ -127,38 +153,59 @@ class OneTimeTokens(pb_grpc.OneTimeTokenServiceServicer):
         else:
             secret = new_link_secret()
             token_hash = self._ring.link_hash(token_type, secret)
-        token = _NewToken(subject, ttl, secret, token_hash)
         intent = Intent.of(self._ring, request, request_id)
-        row = await self._database.run(partial(self._issue, intent, token))
-        _about(row)
+        row = await self._issues.run(_NewToken(subject, ttl, secret, token_hash, intent))
         return pb.IssueTokenResponse(token=self._token(row, row["failed_attempts"]), secret=secret)
 
-    async def _issue(self, intent: Intent, token: _NewToken, transaction: Transaction) -> Row:
-        subject = token.subject
-        spender = (subject.user_id, subject.token_type)
-        earlier, (_, (budget,)) = await intent.claim(transaction, *budgets.lock(spender))
-        if earlier:
-            return await self._reissue(earlier.row_id, token, transaction)
-        budgets.refuse_sends(self._settings, budget)
+    async def _issue_all(self, tokens: Sequence[_NewToken]) -> Sequence[Outcome[Row]]:
+        return await self._database.run(partial(self._issue, tokens), writes=len(tokens))
+
+    async def _issue(self, tokens: Sequence[_NewToken], transaction: Transaction) -> Sequence[Outcome[Row]]:
+        alone = len(tokens) == 1
+        transaction.impatient = not alone
+        intents = [token.intent for token in tokens]
+        spenders = [_spender_of(token.subject) for token in tokens]
+        lock = budgets.lock(*spenders) if alone else budgets.lock_free(spenders)
+        receipts, (_, locked) = await claim(transaction, intents, *lock)
+        if alone and (earlier := intents[0].earlier(receipts[0])):
+            return [await self._reissue(earlier.row_id, tokens[0], transaction)]
+        budget_of = {(row["user_id"], row["purpose"]): row for row in locked}
+
+        def judge(token: _NewToken, receipt: Row | None) -> _NewToken:
+            budget = budget_of.get(_spender_of(token.subject))
+            if budget is None or token.intent.earlier(receipt):
+                raise Skipped
+            budgets.refuse_sends(self._settings, budget)
+            return token
+
+        judged = each(judge, tokens, receipts)
+        issued = [token for token in judged if not isinstance(token, Exception)]
+        if not issued:
+            return [outcome for outcome in judged if isinstance(outcome, Exception)]
         params: Params = {
-            "ids": [subject.token_id],
-            "user_ids": [subject.user_id],
-            "token_types": [subject.token_type],
-            "token_hashes": [token.token_hash],
-            "relates_to": [subject.relates_to],
-            "ttls": [token.ttl.total_seconds()],
-            "callers": [intent.caller],
+            "ids": [token.subject.token_id for token in issued],
+            "user_ids": [token.subject.user_id for token in issued],
+            "token_types": [token.subject.token_type for token in issued],
+            "token_hashes": [token.token_hash for token in issued],
+            "relates_to": [token.subject.relates_to for token in issued],
+            "ttls": [token.ttl.total_seconds() for token in issued],
+            "callers": [token.intent.call.caller for token in issued],
         }
         try:
             rows, *_ = await transaction.commit(
                 (_QUERIES["issue_tokens"], params),
-                budgets.spend(self._settings, spender),
-                *intent.settle(subject.token_id),
+                budgets.spend(self._settings, *(_spender_of(token.subject) for token in issued)),
+                *settle(*((token.intent, token.subject.token_id, None) for token in issued)),
+                *drop_refused(intents, receipts, judged),
             )
         except ForeignKeyViolation as error:
-            # A table that was adopted may have a foreign key onto its host's users.
-            raise UserNotFound from error
-        return rows[0]
+            # A table that was adopted may have a foreign key onto its host's users. Of several, whose user is missing
+            # is found out alone.
+            raise UserNotFound if alone else StatementFailed from error
+        row_of = {row["id"]: row for row in rows}
+        for token in issued:
+            _about(token.intent.call, row_of[token.subject.token_id])
+        return [token if isinstance(token, Exception) else row_of[token.subject.token_id] for token in judged]
 
     async def _reissue(self, token_id: uuid.UUID, token: _NewToken, transaction: Transaction) -> Row:
         """Give the token of an earlier try the secret of this one, if it is still live."""
@@ -167,7 +214,7 @@ class OneTimeTokens(pb_grpc.OneTimeTokenServiceServicer):
             token_hash = self._hasher.hash(token.secret, replace(token.subject, token_id=token_id))
         params: Params = {"ids": [token_id], "token_hashes": [token_hash]}
         row = _only(await transaction.fetch(_QUERIES["refresh_tokens"], params))
-        _about(row)
+        _about(token.intent.call, row)
         if row["expired"]:
             raise TokenExpired
         if row["failed_attempts"] >= self._settings.max_attempts:
@@ -183,13 +230,14 @@ class OneTimeTokens(pb_grpc.OneTimeTokenServiceServicer):
         fields.done()
         _allow(credential.token_type)
 
+        intent = Intent.of(self._ring, request, None)
         if isinstance(credential, _LinkCredential):
-            row = _only(await self._database.fetch(_QUERIES["find_links"], self._link_params(credential)))
-            _about(row)
+            row = await self._looks.run(self._link(intent, credential))
+            _about(current_call.get(), row)
             if row["expired"]:
                 raise TokenExpired
         else:
-            row = await self._database.protect(self._check_code(Intent.of(self._ring, request, None), credential))
+            row = await self._database.protect(self._check_code(intent, credential))
         return pb.CheckTokenResponse(token=self._token(row, row["failed_attempts"]))
 
     async def ConsumeToken(self, request: pb.ConsumeTokenRequest, context: Context) -> pb.ConsumeTokenResponse:
@@ -203,45 +251,69 @@ class OneTimeTokens(pb_grpc.OneTimeTokenServiceServicer):
 
         intent = Intent.of(self._ring, request, request_id)
         if isinstance(credential, _LinkCredential):
-            return await self._database.run(partial(self._consume_link, intent, credential))
+            return await self._uses.run(self._link(intent, credential))
         return await self._database.protect(self._consume_code(intent, credential))
 
-    async def _consume_link(
-        self, intent: Intent, credential: _LinkCredential, transaction: Transaction
-    ) -> pb.ConsumeTokenResponse:
-        consume = (_QUERIES["consume_links"], self._link_params(credential))
-        if not intent.request_id:
-            # Where no answer is to be kept, one trip does it all.
-            rows, *_ = await transaction.commit(consume)
-            return self._consumed(rows)
-        earlier, (rows,) = await intent.claim(transaction, consume)
-        if earlier and earlier.answer is not None:
-            # Nothing is committed: whatever the link meant by now stays.
-            return pb.ConsumeTokenResponse.FromString(earlier.answer)
-        response = self._consumed(rows)
-        await transaction.commit(*intent.settle(rows[0]["id"], response))
-        return response
-
-    def _consumed(self, rows: Sequence[Row]) -> pb.ConsumeTokenResponse:
-        """Return the answer for a link that was found: it is spent, unless it has expired."""
-        row = _only(rows)
-        _about(row)
-        if row["expired"]:
-            raise TokenExpired
-        return pb.ConsumeTokenResponse(token=self._token(row, row["failed_attempts"]))
-
-    def _link_params(self, credential: _LinkCredential) -> Params:
+    def _link(self, intent: Intent, credential: _LinkCredential) -> _Link:
         hashes = self._ring.link_hashes(credential.token_type, credential.secret)
-        return {
-            "ords": [1] * len(hashes),
-            "token_types": [credential.token_type] * len(hashes),
-            "token_hashes": hashes,
+        return _Link(intent, credential.token_type, hashes)
+
+    async def _find_links(self, links: Sequence[_Link]) -> Sequence[Outcome[Row]]:
+        rows = await self._database.fetch(_QUERIES["find_links"], _link_params(links))
+        row_of = {row["ord"]: row for row in rows}
+        return [row_of.get(number) or TokenNotFound() for number in range(len(links))]
+
+    async def _consume_all(self, links: Sequence[_Link]) -> Sequence[Outcome[pb.ConsumeTokenResponse]]:
+        return await self._database.run(partial(self._consume_links, links), writes=len(links))
+
+    async def _consume_links(
+        self, links: Sequence[_Link], transaction: Transaction
+    ) -> Sequence[Outcome[pb.ConsumeTokenResponse]]:
+        alone = len(links) == 1
+        transaction.impatient = not alone
+        intents = [link.intent for link in links]
+        query = _QUERIES["consume_links"]
+        params: Params = {
+            **_link_params(links),
+            "callers": [link.intent.call.caller for link in links for _ in link.token_hashes],
+            "request_ids": [link.intent.request_id for link in links for _ in link.token_hashes],
         }
+        consume = (query if alone else skipping_locked(query), params)
+        receipts: Sequence[Row | None] = [None] * len(links)
+        if any(intent.request_id for intent in intents):
+            receipts, (rows,) = await claim(transaction, intents, consume)
+        else:
+            # Where no answer is to be kept, one trip does it all.
+            (rows,) = await transaction.commit(consume)
+        row_of = {row["ord"]: row for row in rows}
+
+        def judge(link: _Link, receipt: Row | None, row: Row | None) -> pb.ConsumeTokenResponse:
+            earlier = link.intent.earlier(receipt)
+            if earlier and earlier.answer is not None:
+                return pb.ConsumeTokenResponse.FromString(earlier.answer)
+            if row is not None and row["id"] is None and not alone:
+                raise Skipped
+            if row is None or row["id"] is None:
+                raise TokenNotFound
+            _about(link.intent.call, row)
+            if row["expired"]:
+                raise TokenExpired
+            return pb.ConsumeTokenResponse(token=self._token(row, row["failed_attempts"]))
+
+        outcomes = each(judge, links, receipts, map(row_of.get, range(len(links))))
+        spent = [
+            (link.intent, row_of[number]["id"], outcome)
+            for number, (link, outcome) in enumerate(zip(links, outcomes, strict=True))
+            if number in row_of and not isinstance(outcome, Exception)
+        ]
+        if spent and not transaction.committed:
+            await transaction.commit(*settle(*spent), *drop_refused(intents, receipts, outcomes))
+        return outcomes
 
     async def _check_code(self, intent: Intent, credential: _CodeCredential) -> Row:
         judged = await self._compare(intent, credential)
         row = judged.row
-        right = [budgets.end_run(_spender(row), judged.charged_at), (_QUERIES["refund_codes"], _code_params(row))]
+        right = [budgets.end_runs((_spender(row), judged.charged_at)), (_QUERIES["refund_codes"], _code_params(row))]
         await self._undoing(intent, judged, self._database.commit(*right))
         return row
 
@@ -264,17 +336,21 @@ class OneTimeTokens(pb_grpc.OneTimeTokenServiceServicer):
         """Spend a token whose code was found right. Another caller with the same right code may have been faster."""
         row = judged.row
         params: Params = {"ids": [row["id"]], "token_hashes": [row["token_hash"]]}
-        earlier, (_, spent) = await intent.claim(
-            transaction, budgets.end_run(_spender(row), judged.charged_at), (_QUERIES["consume_codes"], params)
+        (receipt,), (_, spent) = await claim(
+            transaction,
+            [intent],
+            budgets.end_runs((_spender(row), judged.charged_at)),
+            (_QUERIES["consume_codes"], params),
         )
+        earlier = intent.earlier(receipt)
         if earlier and earlier.answer is not None:
             # Another try of this very call was faster: what it got is the answer of both.
             return pb.ConsumeTokenResponse.FromString(earlier.answer)
         response = pb.ConsumeTokenResponse(token=self._token(row, row["failed_attempts"]))
         if spent and not spent[0]["expired"]:
-            await transaction.commit(*intent.settle(row["id"], response))
+            await transaction.commit(*settle((intent, row["id"], response)))
             return response
-        await transaction.commit(*intent.drop())
+        await transaction.commit(*drop(intent))
         raise TokenExpired if spent else TokenNotFound
 
     async def _compare(self, intent: Intent, credential: _CodeCredential) -> _Judged:
@@ -307,7 +383,7 @@ class OneTimeTokens(pb_grpc.OneTimeTokenServiceServicer):
             return judged
         mismatch = CodeMismatch(max(self._settings.max_attempts - row["failed_attempts"] - 1, 0))
         if intent.request_id:
-            await self._database.commit(*intent.settle(row["id"], mismatch))
+            await self._database.commit(*settle((intent, row["id"], mismatch)))
         raise mismatch
 
     async def _matches(self, code: str, token_hash: str, subject: CodeSubject) -> bool:
@@ -331,21 +407,22 @@ class OneTimeTokens(pb_grpc.OneTimeTokenServiceServicer):
             "user_ids": [credential.user_id],
             "relates_to": [credential.relates_to],
         }
-        earlier, (rows,) = await intent.claim(transaction, (_QUERIES["lock_codes"], params))
+        (receipt,), (rows,) = await claim(transaction, [intent], (_QUERIES["lock_codes"], params))
+        earlier = intent.earlier(receipt)
         if earlier and earlier.answer is not None:
             return _Judged({}, earlier_answer=earlier.answer)
         if earlier:
             # The first try was charged, and died before it had an answer. It is the same code, so it is free.
             row = _only(await transaction.fetch(_QUERIES["find_codes"], {"ids": [earlier.row_id]}))
-            _about(row)
+            _about(intent.call, row)
             # Its own attempt is among those that were counted.
             return _Judged({**row, "failed_attempts": row["failed_attempts"] - 1}, earlier.charged_at, retried=True)
         if not rows:
             # As much work as a charge: otherwise the time of an answer would tell who has a code.
-            await transaction.commit(*_charge_nobody(), *intent.drop())
+            await transaction.commit(*_charge_nobody(), *drop(intent))
             return None
         (row,) = rows
-        _about(row)
+        _about(intent.call, row)
         if row["expired"]:
             raise TokenExpired
         if row["failed_attempts"] >= self._settings.max_attempts:
@@ -353,9 +430,9 @@ class OneTimeTokens(pb_grpc.OneTimeTokenServiceServicer):
         budgets.refuse_failures(self._settings, row)
         charged_at = budgets.name_of_charge(row)
         await transaction.commit(
-            budgets.charge(self._settings, _spender(row), charged_at),
+            budgets.charge(self._settings, (_spender(row), charged_at)),
             (_QUERIES["charge_codes"], _code_params(row)),
-            *intent.settle(row["id"], charged_at),
+            *settle((intent, row["id"], charged_at)),
         )
         return _Judged(row, charged_at)
 
@@ -370,8 +447,8 @@ class OneTimeTokens(pb_grpc.OneTimeTokenServiceServicer):
         if judged.retried:
             return []
         return [
-            *intent.drop(),  # receipts are locked before budgets, and budgets before tokens
-            budgets.forget(_spender(judged.row), judged.charged_at),
+            *drop(intent),  # receipts are locked before budgets, and budgets before tokens
+            budgets.forget((_spender(judged.row), judged.charged_at)),
             (_QUERIES["refund_codes"], _code_params(judged.row)),
         ]
 
@@ -390,7 +467,7 @@ class OneTimeTokens(pb_grpc.OneTimeTokenServiceServicer):
 
         wanted = sorted(set(STORED_TYPES.values() if request.all_types else token_types))
         _allow(*wanted)
-        about(user_id=user_id)
+        about(current_call.get(), user_id=user_id)
         params: Params = {"ords": [1] * len(wanted), "user_ids": [user_id] * len(wanted), "token_types": wanted}
         ((*rows,),) = await self._database.commit((_QUERIES["revoke_tokens"], params))
         return pb.RevokeTokensResponse(revoked_count=rows[0]["revoked_count"] if rows else 0)
@@ -402,7 +479,7 @@ class OneTimeTokens(pb_grpc.OneTimeTokenServiceServicer):
         user_id = fields.identifier("user_id", request.user_id)
         fields.done()
 
-        about(user_id=user_id)
+        about(current_call.get(), user_id=user_id)
         rows = await self._database.fetch(_QUERIES["list_tokens"], {"user_ids": [user_id]})
         permissions = current_call.get().permissions
         return pb.ListTokensResponse(
@@ -437,14 +514,28 @@ def _allow(*token_types: str) -> None:
         raise CallerNotAllowed(f"the policy does not let this caller deal with {names}")
 
 
-def _about(row: Row) -> None:
-    """Note which token this call is about."""
-    about(user_id=row["user_id"], token_id=row["id"], token_type=row["token_type"])
+def _about(call: Call, row: Row) -> None:
+    """Note which token a call is about."""
+    about(call, user_id=row["user_id"], token_id=row["id"], token_type=row["token_type"])
 
 
 def _spender(row: Row) -> budgets.Subject:
     """Return the subject whose budget a token's guesses are counted on."""
     return row["user_id"], row["token_type"]
+
+
+def _spender_of(subject: CodeSubject) -> budgets.Subject:
+    """Return the subject whose budget a new token is counted on."""
+    return subject.user_id, subject.token_type
+
+
+def _link_params(links: Sequence[_Link]) -> Params:
+    """Return the parameters of `find_links`: for each link, what may be stored for it under any key of the ring."""
+    wanted = [
+        (number, link.token_type, token_hash) for number, link in enumerate(links) for token_hash in link.token_hashes
+    ]
+    ords, token_types, token_hashes = zip(*wanted, strict=True)
+    return {"ords": list(ords), "token_types": list(token_types), "token_hashes": list(token_hashes)}
 
 
 def _code_params(row: Row) -> Params:
@@ -456,7 +547,7 @@ def _charge_nobody() -> list[tuple[str, Params]]:
     """Return statements that cost what a charge costs, where there is nothing to charge."""
     nobody: Row = {"id": uuid.uuid4(), "user_id": uuid.uuid4(), "token_type": next(iter(MESSAGE_TYPES))}
     return [
-        budgets.forget(_spender(nobody), None),
+        budgets.forget((_spender(nobody), None)),
         (_QUERIES["charge_codes"], _code_params(nobody)),
         CHARGE_NOBODY,
     ]

@@ -3,6 +3,8 @@
 It owns the outbox's statements, and knows nothing of how mails are made and sent.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TypeAlias
 from uuid import UUID, uuid4
 
@@ -15,13 +17,22 @@ _QUERIES = load_queries("outbox")
 Statement: TypeAlias = tuple[str, Params]
 
 
-def queue(ring: Keyring, verification_id: UUID, *, address: str, locale: str) -> Statement:
-    """Return the statement that queues the first mail with the code of a verification."""
+@dataclass(frozen=True, slots=True, repr=False)
+class Mail:
+    """The first mail with the code of a verification."""
+
+    verification_id: UUID
+    address: str
+    locale: str
+
+
+def queue(ring: Keyring, mails: Sequence[Mail]) -> Statement:
+    """Return the statement that queues mails."""
     return _QUERIES["queue_mails"], {
-        "verification_ids": [verification_id],
-        "message_ids": [uuid4()],
-        "sealed_addresses": [ring.seal_address(address, row_id=verification_id)],
-        "locales": [locale],
+        "verification_ids": [mail.verification_id for mail in mails],
+        "message_ids": [uuid4() for _ in mails],
+        "sealed_addresses": [ring.seal_address(mail.address, row_id=mail.verification_id) for mail in mails],
+        "locales": [mail.locale for mail in mails],
     }
 
 
@@ -30,9 +41,9 @@ def requeue(verification_id: UUID) -> Statement:
     return _QUERIES["requeue_mails"], {"verification_ids": [verification_id], "message_ids": [uuid4()]}
 
 
-def end(verification_id: UUID) -> Statement:
-    """Return the statement for a verification that is over: no mail is sent any more, and the address is forgotten."""
-    return _QUERIES["end_mails"], {"verification_ids": [verification_id]}
+def end(verification_ids: Sequence[UUID]) -> Statement:
+    """Return the statement for verifications that are over: no mail is sent any more, and addresses are forgotten."""
+    return _QUERIES["end_mails"], {"verification_ids": verification_ids}
 
 
 def end_due(settings: Settings, *, count: int) -> Statement:

@@ -19,6 +19,22 @@ select b.user_id, b.purpose, b.failures, b.failures_in_a_row, b.sends, clock_tim
 from unnest(%(user_ids)s::uuid[], %(purposes)s::text[]) as r (user_id, purpose)
 join onetime.budgets as b using (user_id, purpose)
 
+-- name: make_budgets
+-- Make the budgets that are not there.
+insert into onetime.budgets (user_id, purpose)
+select user_id, purpose
+from unnest(%(user_ids)s::uuid[], %(purposes)s::text[]) as r (user_id, purpose)
+order by user_id, purpose
+on conflict (user_id, purpose) do nothing
+
+-- name: lock_free_budgets
+-- Lock budgets, but for those that others have locked, or have just removed: these are left to calls on their own.
+select b.user_id, b.purpose, b.failures, b.failures_in_a_row, b.sends, clock_timestamp() as now
+from unnest(%(user_ids)s::uuid[], %(purposes)s::text[]) as r (user_id, purpose)
+join onetime.budgets as b using (user_id, purpose)
+order by b.user_id, b.purpose
+for update of b skip locked
+
 -- name: spend_sends
 -- Count one send on each budget.
 insert into onetime.budgets as b (user_id, purpose, sends)

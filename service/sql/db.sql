@@ -30,3 +30,7 @@ select pg_logical_emit_message(true, 'onetime', '') is not null as done
 -- name: ping
 -- Ask whether the database answers and takes writes.
 select not pg_is_in_recovery() and current_setting('transaction_read_only') = 'off' as writable
+
+-- name: be_impatient
+-- Do not wait long for a lock, in this transaction.
+select set_config('lock_timeout', %(lock_timeout)s, true)

@@ -64,7 +64,8 @@ where r.caller is null or s.caller = r.caller
 
 -- name: lock_verifications
 -- As find_verifications, and lock what is found, with the budgets of its users. Whether it has expired is asked after the
--- lock, since the wait for it may outlast the token.
+-- lock, since the wait for it may outlast the token. `skipped` is what is there and was not locked: by somebody else's
+-- lock where the statement passes over these, otherwise because it is gone.
 with found as materialized (
   select r.ord, t.id, t.user_id
   from unnest(
@@ -80,7 +81,7 @@ with found as materialized (
   from onetime.budgets as b
   where b.purpose = 'email_verification' and b.user_id in (select f.user_id from found as f)
   order by b.user_id
-  for update of b
+  for update of b /* skip locked */
 ), locked as materialized (
   select
     f.ord, t.id, t.user_id, t.email_verification_token as token_hash, t.code as sealed_code, t.code_sent,
@@ -91,16 +92,20 @@ with found as materialized (
   join onetime.email_verification_states as s on s.token_hash = t.email_verification_token and s.id = t.id
   where (select count(*) from budget) >= 0 -- which makes that come first
   order by t.id
-  for update of t, s
+  for update of t, s /* skip locked */
 )
 select
-  l.ord, l.id, l.user_id, l.token_hash, l.sealed_code, l.code_sent,
+  f.ord, f.id, f.user_id, l.token_hash, l.sealed_code, l.code_sent,
   l.created_at, l.updated_at, l.expires_at, l.used_at, l.deleted_at,
   l.failed_attempts, l.caller, l.delivery, l.last_sent_at, o.state as delivery_state, o.failure as delivery_failure,
   l.expires_at <= clock_timestamp() as expired,
-  b.failures, b.failures_in_a_row, b.sends, clock_timestamp() as now
-from locked as l
-left join budget as b using (user_id)
+  b.failures, b.failures_in_a_row, b.sends, clock_timestamp() as now,
+  l.id is null or b.user_id is null and exists (
+    select from onetime.budgets as e where e.user_id = f.user_id and e.purpose = 'email_verification'
+  ) as skipped
+from found as f
+left join locked as l using (ord)
+left join budget as b on b.user_id = f.user_id
 left join onetime.outbox as o on o.verification_id = l.id and l.delivery = 'send_email'
 
 -- name: use_verifications

@@ -100,21 +100,36 @@ join onetime.one_time_token_states as s
 
 -- name: consume_links
 -- Spend the tokens of links: of many callers with one link, the first to lock its row deletes it, and the others find
--- nothing. Whether it has expired is asked after the lock, since the wait for it may outlast the token.
-with request as (
-  select * from unnest(
-    %(ords)s::int[], %(token_types)s::auth.one_time_token_type[], %(token_hashes)s::text[]
-  ) as r (ord, token_type, token_hash)
-), locked as materialized (
-  select
-    r.ord, t.id, t.user_id, t.token_type, t.token_hash, t.relates_to, t.created_at, t.updated_at,
-    s.ttl, s.failed_attempts
+-- nothing. Whether it has expired is asked after the lock, since the wait for it may outlast the token. What has a
+-- request_id is spent only if its receipt was made just now: otherwise an earlier try was answered. Without an id comes
+-- what is there and was not locked, by somebody else's lock or because it is gone.
+with request as materialized (
+  select r.*
+  from unnest(
+    %(ords)s::int[], %(token_types)s::auth.one_time_token_type[], %(token_hashes)s::text[],
+    %(callers)s::text[], %(request_ids)s::uuid[]
+  ) as r (ord, token_type, token_hash, caller, request_id)
+  where r.request_id is null or exists (
+    select
+    from onetime.receipts as p
+    where p.request_id = r.request_id and p.rpc = 'ConsumeToken' and p.caller = r.caller and p.retries = 0
+  )
+), found as materialized (
+  select r.ord, t.id, t.user_id, t.token_type, t.token_hash
   from request as r
   join auth.one_time_tokens as t on t.token_hash = r.token_hash and t.token_type = r.token_type
   join onetime.one_time_token_states as s
     on s.user_id = t.user_id and s.token_type = t.token_type and s.token_id = t.id
+), locked as materialized (
+  select
+    f.ord, t.id, t.user_id, t.token_type, t.token_hash, t.relates_to, t.created_at, t.updated_at,
+    s.ttl, s.failed_attempts
+  from found as f
+  join auth.one_time_tokens as t on t.id = f.id and t.token_hash = f.token_hash
+  join onetime.one_time_token_states as s
+    on s.user_id = t.user_id and s.token_type = t.token_type and s.token_id = t.id
   order by t.user_id, t.token_type
-  for update of t
+  for update of t /* skip locked */
 ), judged as materialized (
   select *, created_at + ttl <= clock_timestamp() at time zone 'utc' as expired from locked
 ), first as materialized (
@@ -128,14 +143,15 @@ with request as (
   where s.user_id = t.user_id and s.token_type = t.token_type and s.token_id = t.id
 )
 select
-  j.ord, j.id, j.user_id, j.token_type, j.token_hash, j.relates_to, j.failed_attempts, j.expired,
+  f.ord, j.id, j.user_id, j.token_type, j.token_hash, j.relates_to, j.failed_attempts, j.expired,
   j.created_at at time zone 'utc' as create_time,
   j.updated_at at time zone 'utc' as update_time,
   (j.created_at + j.ttl) at time zone 'utc' as expire_time
-from judged as j
-left join first as f using (ord, id)
-left join token as t on t.id = f.id
-where j.expired or t.id is not null
+from found as f
+left join judged as j using (ord)
+left join first as i on i.ord = j.ord
+left join token as t on t.id = i.id
+where j.id is null or j.expired or t.id is not null
 
 -- name: lock_codes
 -- Find and lock the token that each code was presented for, with the budget of its subject, budgets first: of any number

@@ -17,7 +17,7 @@ set message_id = r.message_id, state = 'queued', failure = null, tries = 0, queu
   due_at = clock_timestamp()
 from unnest(%(verification_ids)s::uuid[], %(message_ids)s::uuid[]) as r (verification_id, message_id)
 where o.verification_id = r.verification_id and o.sealed_address is not null
-returning o.state as delivery_state, o.failure as delivery_failure
+returning o.verification_id as id, o.state as delivery_state, o.failure as delivery_failure
 
 -- name: end_mails
 -- Send no more mails for these verifications, and forget their addresses.
@@ -26,7 +26,7 @@ set sealed_address = null, due_at = null,
   state = case o.state when 'queued' then 'failed' else o.state end,
   failure = case o.state when 'queued' then 'verification_over' else o.failure end
 where o.verification_id = any (%(verification_ids)s::uuid[])
-returning o.state as delivery_state, o.failure as delivery_failure
+returning o.verification_id as id, o.state as delivery_state, o.failure as delivery_failure
 
 -- name: end_due_mails
 -- As end_mails, for those that are due and whose verification is over: used, cancelled, expired, locked, or gone.

@@ -1,0 +1,196 @@
+"""Sets: calls of one kind that are in flight together share their trips to the database, and their commit.
+
+The costly part of a call is its trip to the database and its commit, and both cost nearly the same for many calls as
+for one. So calls that arrive while a set is under way wait for it, and go together in the next one. Who comes when
+nothing is under way goes at once: there is no timer, and a lone caller waits for nobody.
+
+    calls   a b c d e f
+    sets    [a]  [b c d]  [e f]        time ->
+
+What makes that safe:
+
+- A set is decided in one transaction, element by element: what is refused to one is nothing to its neighbours.
+- Two calls that may be about the same thing, by their keys, are never in one set, nor in two that overlap.
+- A row that somebody else has locked is passed over, and its call goes alone, where it may wait.
+- A set that fails as a whole is done again in halves, until the culprit is alone.
+- A call that hangs up before its set has begun is dropped, and nothing happens. From then on it is decided whole.
+- A set that takes long does not hold up those behind it.
+
+The queue is bounded by admission: each place in it is that of a call under way.
+
+It knows nothing of what the sets are about.
+"""
+
+import asyncio
+import copy
+from collections.abc import Awaitable, Callable, Hashable, Iterable, Sequence
+from contextvars import Context
+from dataclasses import dataclass
+from typing import Any, Final, Generic, TypeAlias, TypeVar
+
+from service.call import Call, current_call, serve_together
+from service.db import StatementFailed, leave_unheard
+from service.errors import OnetimeError
+
+Element = TypeVar("Element")
+Result = TypeVar("Result")
+
+LARGEST: Final = 128
+"""Elements in a set. Beyond that there is little left to share, and the first to arrive waits for the last."""
+
+SLOW_S: Final = 0.1
+"""After so long a set does not hold up others any more: its connection may be lost, or a row be locked for long."""
+
+
+class Skipped(Exception):
+    """Outcome of an element that is not decided: somebody else has locked its row. It is to go alone."""
+
+
+Outcome: TypeAlias = Result | Exception
+"""What becomes of an element: what its call returns, or what it raises."""
+
+
+def each(decide: Callable[..., Result], *columns: Iterable[Any]) -> list[Outcome[Result]]:
+    """Decide for each element, and take what it raises for its outcome: it is nobody else's."""
+    outcomes: list[Outcome[Result]] = []
+    for element in zip(*columns, strict=True):
+        try:
+            outcomes.append(decide(*element))
+        except OnetimeError as error:
+            # Without its traceback, whose frames hold it: it would wait for the garbage collector.
+            outcomes.append(error.with_traceback(None))
+        except Exception as error:  # noqa: BLE001 - it is raised again, where its call waits
+            outcomes.append(error)
+    return outcomes
+
+
+@dataclass(slots=True, eq=False)
+class _Waiting(Generic[Element, Result]):
+    """A call that waits for its outcome."""
+
+    call: Call
+    element: Element
+    keys: frozenset[Hashable]
+    outcome: asyncio.Future[Result]
+    begun: bool = False
+    """Whether its set has begun, so that it cannot be dropped any more."""
+
+
+class Sets(Generic[Element, Result]):
+    """The calls of one kind. A class because they share a queue."""
+
+    def __init__(
+        self,
+        decide: Callable[[Sequence[Element]], Awaitable[Sequence[Outcome[Result]]]],
+        keys: Callable[[Element], Iterable[Hashable]],
+        *,
+        largest: int = LARGEST,
+    ) -> None:
+        """Take what decides a set.
+
+        Args:
+            decide: Returns an outcome for each element. Of one element alone it must not be `Skipped`: there it waits.
+            keys: What an element is about. No two that share one are decided at the same time.
+            largest: Elements in a set.
+        """
+        self._decide = decide
+        self._keys = keys
+        self._largest = largest
+        self._queue: list[_Waiting[Element, Result]] = []
+        self._in_use: set[Hashable] = set()
+        """The keys of all that has begun."""
+        self._prompt = False
+        """Whether a set is under way that is not slow."""
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def run(self, element: Element) -> Result:
+        """Decide an element, together with others, and return its result or raise its error.
+
+        A caller that is cancelled gets away at once. If its set has begun by then, it is decided all the same.
+        """
+        outcome: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+        waiting = _Waiting(current_call.get(), element, frozenset(self._keys(element)), outcome)
+        self._queue.append(waiting)
+        self._begin()
+        try:
+            return await asyncio.shield(outcome)
+        except asyncio.CancelledError:
+            if waiting.begun:
+                leave_unheard(outcome)
+            else:
+                self._queue.remove(waiting)
+            raise
+
+    def _begin(self) -> None:
+        """Begin the next set, unless one is under way that is not slow."""
+        if self._prompt:
+            return
+        chosen: list[_Waiting[Element, Result]] = []
+        left: list[_Waiting[Element, Result]] = []
+        for waiting in self._queue:
+            if len(chosen) < self._largest and self._in_use.isdisjoint(waiting.keys):
+                self._in_use |= waiting.keys
+                waiting.begun = True
+                chosen.append(waiting)
+            else:
+                left.append(waiting)
+        self._queue = left
+        if chosen:
+            self._prompt = True
+            self._start(self._serve(chosen))
+
+    def _start(self, work: Any) -> None:  # noqa: ANN401 - a coroutine
+        # In a context of its own: it belongs to none of the calls.
+        task = asyncio.get_running_loop().create_task(work, context=Context())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _serve(self, chosen: Sequence[_Waiting[Element, Result]]) -> None:
+        """Decide a set, and then begin the next one; where it takes long, that does not wait for it."""
+        passed = False
+
+        def let_pass() -> None:
+            nonlocal passed
+            passed = True
+            self._prompt = False
+            self._begin()
+
+        slow = asyncio.get_running_loop().call_later(SLOW_S, let_pass)
+        await self._settle(chosen)
+        if not passed:
+            slow.cancel()
+            self._prompt = False
+        self._begin()
+
+    async def _alone(self, waiting: _Waiting[Element, Result]) -> None:
+        """Decide one that had to be left out of its set. It holds up nobody but those who are about the same."""
+        await self._settle([waiting])
+        self._begin()
+
+    async def _settle(self, chosen: Sequence[_Waiting[Element, Result]]) -> None:
+        """Decide a set, and tell each call what became of it."""
+        serve_together([waiting.call for waiting in chosen])
+        outcomes: Sequence[Outcome[Result]]
+        try:
+            outcomes = await self._decide([waiting.element for waiting in chosen])
+        except Exception as error:  # noqa: BLE001 - it is raised again, where the calls wait
+            whole = isinstance(error, OnetimeError) and not isinstance(error, StatementFailed)
+            if len(chosen) > 1 and not whole:
+                # One of them is at fault, and the others must not suffer from it.
+                middle = len(chosen) // 2
+                for half in (chosen[:middle], chosen[middle:]):
+                    if len(half) == 1:
+                        self._start(self._alone(half[0]))
+                    else:
+                        await self._settle(half)
+                return
+            outcomes = [error] if len(chosen) == 1 else [copy.copy(error) for _ in chosen]
+        for waiting, outcome in zip(chosen, outcomes, strict=True):
+            if isinstance(outcome, Skipped):
+                self._start(self._alone(waiting))
+                continue
+            self._in_use -= waiting.keys
+            if isinstance(outcome, Exception):
+                waiting.outcome.set_exception(outcome)
+            else:
+                waiting.outcome.set_result(outcome)
