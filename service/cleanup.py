@@ -26,6 +26,9 @@ _QUERIES = load_queries("cleanup")
 BLOCKS_IN_PASSING: Final = 64
 """Blocks of each table that one sweep looks at: under a millisecond where nothing has expired."""
 
+PAUSE_S: Final = 0.1
+"""From the end of a sweep to the next one: at the least, a sweep a hundredth as fast would keep up with what is written."""
+
 BLOCKS_ON_DEMAND: Final = 256
 """Blocks to a transaction of `sweep_all`."""
 
@@ -85,6 +88,7 @@ class Cleanup:
             _LOG.exception("clean-up failed")
         else:
             CLEANUP_RUNS.labels(outcome="done").inc()
+        await asyncio.sleep(PAUSE_S)
 
     async def close(self) -> None:
         """Wait for the sweep under way."""

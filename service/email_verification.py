@@ -185,12 +185,12 @@ class EmailVerifications(pb_grpc.EmailVerificationServiceServicer):
         self._adds_users = adds_users
         self._on_mail = on_mail
         self._starts: Sets[_NewVerification, Row] = Sets(
-            self._start_all, keys=lambda new: (new.user_id, *new.intent.keys)
+            "start", self._start_all, keys=lambda new: (new.user_id, *new.intent.keys)
         )
         self._guesses: Sets[_Guess, Row] = Sets(
-            self._verify_all, keys=lambda guess: (guess.key.token_hashes[0], *guess.intent.keys)
+            "verify", self._verify_all, keys=lambda guess: (guess.key.token_hashes[0], *guess.intent.keys)
         )
-        self._looks: Sets[_Key, Row] = Sets(self._find_all, keys=lambda _: ())
+        self._looks: Sets[_Key, Row] = Sets("get", self._find_all, keys=lambda _: ())
 
     async def StartEmailVerification(
         self, request: pb.StartEmailVerificationRequest, context: Context
@@ -277,7 +277,7 @@ class EmailVerifications(pb_grpc.EmailVerificationServiceServicer):
         stored = {row["id"]: row for row in rows}
         if any(new.address is not None for new in started) and self._on_mail is not None:
             self._on_mail()
-        return [new if isinstance(new, Exception) else self._started(new, stored.get(new.id)) for new in judged]
+        return [new if isinstance(new, Exception) else self._started(new, stored[new.id]) for new in judged]
 
     def _store(self, news: Sequence[_NewVerification], known: Collection[uuid.UUID]) -> list[Statement]:
         """Return the statements that store verifications; the last one gives their rows."""
@@ -298,12 +298,17 @@ class EmailVerifications(pb_grpc.EmailVerificationServiceServicer):
             (_QUERIES["start_verifications"], params),
         ]
 
-    def _started(self, new: _NewVerification, row: Row | None) -> Outcome[Row]:
-        if row is None:
-            # The host deleted the user since our look.
-            return UserNotFound()
+    def _started(self, new: _NewVerification, row: Row) -> Row:
         _about(new.intent.call, row)
-        return {**row, "code": new.code, "delivery_state": None if new.address is None else "queued"}
+        return {
+            **row,
+            "code": new.code,
+            "expired": False,
+            "failed_attempts": 0,
+            "delivery": "return_code" if new.address is None else "send_email",
+            "delivery_state": None if new.address is None else "queued",
+            "delivery_failure": None,
+        }
 
     async def _restart(self, row_id: uuid.UUID, new: _NewVerification, transaction: Transaction) -> Row:
         """Give the verification of an earlier try the token of this one, if it is still pending. Its code stays."""

@@ -51,6 +51,13 @@ CLEANUP_RUNS: Final = Counter("onetime_cleanup_runs", "Runs of the clean-up.", (
 CALLS_UNDER_WAY: Final = Gauge(
     "onetime_calls_under_way", "Calls that count against max_concurrent_calls.", registry=REGISTRY
 )
+SET_ELEMENTS: Final = Histogram(
+    "onetime_set_elements",
+    "How many calls were decided together.",
+    ("kind",),
+    buckets=(1, 2, 4, 8, 16, 32, 64, 128),
+    registry=REGISTRY,
+)
 ARGON2_HASHES: Final = Counter("onetime_argon2_hashes", "Argon2 hashes made and checked.", registry=REGISTRY)
 ARGON2_BUSY: Final = Gauge("onetime_argon2_busy", "Threads that make an Argon2 hash.", registry=REGISTRY)
 ARGON2_QUEUED: Final = Gauge("onetime_argon2_queued", "Codes that wait for such a thread.", registry=REGISTRY)

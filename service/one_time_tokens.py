@@ -121,11 +121,11 @@ class OneTimeTokens(pb_grpc.OneTimeTokenServiceServicer):
         self._hasher = hasher
         self._hashing = hashing
         self._issues: Sets[_NewToken, Row] = Sets(
-            self._issue_all, keys=lambda token: (_spender_of(token.subject), *token.intent.keys)
+            "issue", self._issue_all, keys=lambda token: (_spender_of(token.subject), *token.intent.keys)
         )
-        self._looks: Sets[_Link, Row] = Sets(self._find_links, keys=lambda _: ())
+        self._looks: Sets[_Link, Row] = Sets("check", self._find_links, keys=lambda _: ())
         self._uses: Sets[_Link, pb.ConsumeTokenResponse] = Sets(
-            self._consume_all, keys=lambda link: (link.token_hashes[0], *link.intent.keys)
+            "consume", self._consume_all, keys=lambda link: (link.token_hashes[0], *link.intent.keys)
         )
 
     async def IssueToken(self, request: pb.IssueTokenRequest, context: Context) -> pb.IssueTokenResponse:
@@ -203,9 +203,13 @@ class OneTimeTokens(pb_grpc.OneTimeTokenServiceServicer):
             # is found out alone.
             raise UserNotFound if alone else StatementFailed from error
         row_of = {row["id"]: row for row in rows}
-        for token in issued:
-            _about(token.intent.call, row_of[token.subject.token_id])
-        return [token if isinstance(token, Exception) else row_of[token.subject.token_id] for token in judged]
+
+        def stored(token: _NewToken) -> Row:
+            row = row_of[token.subject.token_id]
+            _about(token.intent.call, row)
+            return {**row, "expire_time": row["create_time"] + token.ttl}
+
+        return [token if isinstance(token, Exception) else stored(token) for token in judged]
 
     async def _reissue(self, token_id: uuid.UUID, token: _NewToken, transaction: Transaction) -> Row:
         """Give the token of an earlier try the secret of this one, if it is still live."""

@@ -31,6 +31,7 @@ from typing import Any, Final, Generic, TypeAlias, TypeVar
 from service.call import Call, current_call, serve_together
 from service.db import StatementFailed, leave_unheard
 from service.errors import OnetimeError
+from service.metrics import SET_ELEMENTS
 
 Element = TypeVar("Element")
 Result = TypeVar("Result")
@@ -38,6 +39,8 @@ Result = TypeVar("Result")
 LARGEST: Final = 128
 """Elements in a set. Beyond that there is little left to share, and the first to arrive waits for the last."""
 
+import os
+HOPS = int(os.environ.get("HOPS", "0"))
 SLOW_S: Final = 0.1
 """After so long a set does not hold up others any more: its connection may be lost, or a row be locked for long."""
 
@@ -81,24 +84,28 @@ class Sets(Generic[Element, Result]):
 
     def __init__(
         self,
+        kind: str,
         decide: Callable[[Sequence[Element]], Awaitable[Sequence[Outcome[Result]]]],
-        keys: Callable[[Element], Iterable[Hashable]],
         *,
+        keys: Callable[[Element], Iterable[Hashable]],
         largest: int = LARGEST,
     ) -> None:
         """Take what decides a set.
 
         Args:
+            kind: Its name in the metrics.
             decide: Returns an outcome for each element. Of one element alone it must not be `Skipped`: there it waits.
             keys: What an element is about. No two that share one are decided at the same time.
             largest: Elements in a set.
         """
+        self._sizes = SET_ELEMENTS.labels(kind)
         self._decide = decide
         self._keys = keys
         self._largest = largest
         self._queue: list[_Waiting[Element, Result]] = []
         self._in_use: set[Hashable] = set()
         """The keys of all that has begun."""
+        self._hopping = False
         self._prompt = False
         """Whether a set is under way that is not slow."""
         self._tasks: set[asyncio.Task[None]] = set()
@@ -111,7 +118,7 @@ class Sets(Generic[Element, Result]):
         outcome: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         waiting = _Waiting(current_call.get(), element, frozenset(self._keys(element)), outcome)
         self._queue.append(waiting)
-        self._begin()
+        self._soon(HOPS)
         try:
             return await asyncio.shield(outcome)
         except asyncio.CancelledError:
@@ -120,6 +127,15 @@ class Sets(Generic[Element, Result]):
             else:
                 self._queue.remove(waiting)
             raise
+
+    def _soon(self, hops: int) -> None:
+        if self._prompt or (hops == HOPS and self._hopping):
+            return
+        self._hopping = hops > 0
+        if hops:
+            asyncio.get_running_loop().call_soon(self._soon, hops - 1)
+        else:
+            self._begin()
 
     def _begin(self) -> None:
         """Begin the next set, unless one is under way that is not slow."""
@@ -136,6 +152,7 @@ class Sets(Generic[Element, Result]):
                 left.append(waiting)
         self._queue = left
         if chosen:
+            self._sizes.observe(len(chosen))
             self._prompt = True
             self._start(self._serve(chosen))
 
@@ -160,7 +177,7 @@ class Sets(Generic[Element, Result]):
         if not passed:
             slow.cancel()
             self._prompt = False
-        self._begin()
+        self._soon(HOPS)
 
     async def _alone(self, waiting: _Waiting[Element, Result]) -> None:
         """Decide one that had to be left out of its set. It holds up nobody but those who are about the same."""

@@ -9,6 +9,14 @@ select
   set_config('lock_timeout', %(lock_timeout)s, false),
   set_config('idle_in_transaction_session_timeout', %(idle_timeout)s, false),
   set_config('default_transaction_isolation', 'read committed', false),
+  -- Every statement looks rows up by an index, whatever the size of its tables. Left to itself, the planner reads whole
+  -- tables where they were small when it last looked. So where a condition fits a partial index, or not the first column
+  -- of one, statements hide it from the planner: in a case, or behind a cast.
+  set_config('enable_seqscan', 'off', false),
+  set_config('enable_hashjoin', 'off', false),
+  set_config('enable_mergejoin', 'off', false),
+  set_config('plan_cache_mode', 'force_generic_plan', false),
+  set_config('jit', 'off', false),
   case when current_setting('synchronous_commit') in ('off', 'local') then
     set_config('synchronous_commit', 'on', false)
   end,

@@ -15,34 +15,22 @@ on conflict (id) do nothing
 select u.id from public.users as u where u.id = any (%(user_ids)s::uuid[])
 
 -- name: start_verifications
--- Start verifications. A user whom the host does not know gets none, and is no error for the others.
+-- Start verifications of users whom the host knows.
 with request as materialized (
   select r.*, clock_timestamp() as now
   from unnest(
     %(ids)s::uuid[], %(user_ids)s::uuid[], %(token_hashes)s::text[], %(sealed_codes)s::text[], %(ttls)s::float8[],
     %(callers)s::text[], %(deliveries)s::text[]
-  ) with ordinality as r (id, user_id, token_hash, sealed_code, ttl, caller, delivery, ord)
-), token as (
-  insert into public.email_verification_tokens as t
-    (id, user_id, email_verification_token, code, code_sent, created_at, updated_at, expires_at)
-  select id, user_id, token_hash, sealed_code, false, now, now, now + make_interval(secs => ttl)
-  from request
-  where exists (select from public.users as u where u.id = request.user_id)
-  returning t.id, t.user_id, t.email_verification_token, t.code_sent, t.created_at, t.updated_at, t.expires_at,
-    t.used_at, t.deleted_at
+  ) as r (id, user_id, token_hash, sealed_code, ttl, caller, delivery)
 ), state as (
-  insert into onetime.email_verification_states as s (token_hash, id, caller, delivery)
-  select t.email_verification_token, t.id, r.caller, r.delivery
-  from token as t
-  join request as r using (id)
-  returning s.id, s.failed_attempts, s.caller, s.delivery
+  insert into onetime.email_verification_states (token_hash, id, caller, delivery)
+  select token_hash, id, caller, delivery from request
 )
-select
-  r.ord, t.id, t.user_id, t.code_sent, t.created_at, t.updated_at, t.expires_at, t.used_at, t.deleted_at,
-  s.failed_attempts, s.caller, s.delivery, null as delivery_state, null as delivery_failure, false as expired
-from request as r
-join token as t using (id)
-join state as s using (id)
+insert into public.email_verification_tokens as t
+  (id, user_id, email_verification_token, code, code_sent, created_at, updated_at, expires_at)
+select id, user_id, token_hash, sealed_code, false, now, now, now + make_interval(secs => ttl)
+from request
+returning t.id, t.user_id, t.code_sent, t.created_at, t.updated_at, t.expires_at, t.used_at, t.deleted_at
 
 -- name: find_verifications
 -- Find verifications by id, or by what may be stored for a token under any key of the ring: of one caller, or of all
@@ -78,10 +66,13 @@ with found as materialized (
   where r.caller is null or s.caller = r.caller
 ), budget as materialized (
   select b.user_id, b.failures, b.failures_in_a_row, b.sends
-  from onetime.budgets as b
-  where b.purpose = 'email_verification' and b.user_id in (select f.user_id from found as f)
-  order by b.user_id
-  for update of b /* skip locked */
+  from (select distinct f.user_id from found as f order by f.user_id) as f
+  cross join lateral (
+    select b.user_id, b.failures, b.failures_in_a_row, b.sends
+    from onetime.budgets as b
+    where b.user_id = f.user_id and b.purpose = 'email_verification'
+    for update of b /* skip locked */
+  ) as b
 ), locked as materialized (
   select
     f.ord, t.id, t.user_id, t.email_verification_token as token_hash, t.code as sealed_code, t.code_sent,
@@ -112,9 +103,9 @@ left join onetime.outbox as o on o.verification_id = l.id and l.delivery = 'send
 -- Spend verifications that this transaction has locked and whose codes it has found right.
 update public.email_verification_tokens as t
 set used_at = clock_timestamp()
-from unnest(%(ids)s::uuid[]) with ordinality as r (id, ord)
-where t.id = r.id and t.used_at is null and t.deleted_at is null and t.expires_at > clock_timestamp()
-returning r.ord, t.id, t.user_id, t.code_sent, t.created_at, t.updated_at, t.expires_at, t.used_at, t.deleted_at
+where t.id = any (%(ids)s::uuid[])
+  and case when t.used_at is null and t.deleted_at is null then t.expires_at > clock_timestamp() end
+returning t.id, t.user_id, t.code_sent, t.created_at, t.updated_at, t.expires_at, t.used_at, t.deleted_at
 
 -- name: charge_verifications
 -- Count a wrong code on verifications that this transaction has locked.

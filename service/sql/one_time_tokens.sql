@@ -14,7 +14,7 @@ with request as materialized (
   from unnest(
     %(ids)s::uuid[], %(user_ids)s::uuid[], %(token_types)s::auth.one_time_token_type[], %(token_hashes)s::text[],
     %(relates_to)s::text[], %(ttls)s::float8[], %(callers)s::text[]
-  ) with ordinality as r (id, user_id, token_type, token_hash, relates_to, ttl, caller, ord)
+  ) as r (id, user_id, token_type, token_hash, relates_to, ttl, caller)
   order by r.user_id, r.token_type
 ), token as (
   insert into auth.one_time_tokens as t (id, user_id, token_type, token_hash, relates_to, created_at, updated_at)
@@ -26,27 +26,25 @@ with request as materialized (
     created_at = excluded.created_at,
     updated_at = excluded.updated_at
   returning t.id, t.user_id, t.token_type, t.token_hash, t.relates_to, t.created_at, t.updated_at
+), counted as materialized (
+  select count(*) as tokens from token -- so that tokens are locked before states, as everywhere
 ), state as (
   insert into onetime.one_time_token_states as s (user_id, token_type, token_id, ttl, caller)
-  select t.user_id, t.token_type, t.id, make_interval(secs => r.ttl), r.caller
-  from token as t
-  join request as r using (id)
+  select user_id, token_type, id, make_interval(secs => ttl), caller
+  from request
+  where (select tokens from counted) > 0
   on conflict (user_id, token_type) do update set
     token_id = excluded.token_id,
     ttl = excluded.ttl,
     failed_attempts = 0,
     caller = excluded.caller,
     created_at = excluded.created_at
-  returning s.token_id, s.ttl, s.failed_attempts
 )
 select
-  r.ord, t.id, t.user_id, t.token_type, t.token_hash, t.relates_to, s.failed_attempts,
+  t.id, t.user_id, t.token_type, t.token_hash, t.relates_to, 0 as failed_attempts,
   t.created_at at time zone 'utc' as create_time,
-  t.updated_at at time zone 'utc' as update_time,
-  (t.created_at + s.ttl) at time zone 'utc' as expire_time
-from request as r
-join token as t using (id)
-join state as s on s.token_id = t.id
+  t.updated_at at time zone 'utc' as update_time
+from token as t
 
 -- name: refresh_tokens
 -- Give live tokens a fresh secret in place of one that its caller never got: same id, times and attempts.
@@ -94,7 +92,7 @@ select
   (t.created_at + s.ttl) at time zone 'utc' as expire_time,
   t.created_at + s.ttl <= clock_timestamp() at time zone 'utc' as expired
 from request as r
-join auth.one_time_tokens as t on t.token_hash = r.token_hash and t.token_type = r.token_type
+join auth.one_time_tokens as t on t.token_hash = r.token_hash and t.token_type::text = r.token_type::text
 join onetime.one_time_token_states as s
   on s.user_id = t.user_id and s.token_type = t.token_type and s.token_id = t.id
 
@@ -117,7 +115,7 @@ with request as materialized (
 ), found as materialized (
   select r.ord, t.id, t.user_id, t.token_type, t.token_hash
   from request as r
-  join auth.one_time_tokens as t on t.token_hash = r.token_hash and t.token_type = r.token_type
+  join auth.one_time_tokens as t on t.token_hash = r.token_hash and t.token_type::text = r.token_type::text
   join onetime.one_time_token_states as s
     on s.user_id = t.user_id and s.token_type = t.token_type and s.token_id = t.id
 ), locked as materialized (
@@ -136,7 +134,7 @@ with request as materialized (
   -- One link twice in a set is one success too.
   select distinct on (id) ord, id from judged where not expired order by id, ord
 ), token as (
-  delete from auth.one_time_tokens as t using first as f where t.id = f.id
+  delete from auth.one_time_tokens as t where t.id = any (array(select f.id from first as f))
   returning t.id, t.user_id, t.token_type
 ), state as (
   delete from onetime.one_time_token_states as s using token as t
