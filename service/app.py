@@ -69,7 +69,6 @@ _BESIDE: Final = (
 """Services of others that are served beside them."""
 
 SERVER_OPTIONS: Final = (
-    ("grpc.so_reuseport", 0),  # a second server on the port is a mistake, and is told so
     ("grpc.max_receive_message_length", 64 * 1024),  # the largest request has under 2 KiB
     ("grpc.max_send_message_length", 64 * 1024),  # ListTokens has six tokens at most; reflection's files fit too
     # To one connection. What comes beyond is refused by gRPC as UNAVAILABLE, so it is far above what admission lets one
@@ -212,7 +211,12 @@ async def _start_server(
             limit=settings.max_concurrent_calls,
             known=(*SERVICES, *_BESIDE),
         ),
-        options=(*SERVER_OPTIONS, *_age_options(settings)),
+        options=(
+            *SERVER_OPTIONS,
+            *_age_options(settings),
+            # A second server on the port is a mistake, and is told so, unless it is wanted.
+            ("grpc.so_reuseport", int(settings.share_port)),
+        ),
     )
     for add, servicer in servicers:
         add(servicer, server)

@@ -27,7 +27,7 @@ BLOCKS_IN_PASSING: Final = 64
 """Blocks of each table that one sweep looks at: under a millisecond where nothing has expired."""
 
 PAUSE_S: Final = 0.1
-"""From the end of a sweep to the next one: at the least, a sweep a hundredth as fast would keep up with what is written."""
+"""From the end of a sweep to the next one. Ten a second look at ten times as many blocks as a thousand writes fill."""
 
 BLOCKS_ON_DEMAND: Final = 256
 """Blocks to a transaction of `sweep_all`."""

@@ -541,6 +541,13 @@ class Settings(BaseSettings):
         group="Running",
     )
     pool_size: Number = _whole(8, "Connections to the database.", 1, 100, group="Running")
+    share_port: bool = _setting(
+        False,  # noqa: FBT003 - the default of a field
+        "Let other servers on this machine serve at the same address, one a processor. Each needs a --metrics-listen of"
+        " its own.",
+        right="true or false",
+        group="Running",
+    )
     drain_delay: Duration = _time(
         "2s",
         "From SIGTERM on, health says NOT_SERVING for so long before new calls are refused. None in `onetime dev`.",

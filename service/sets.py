@@ -39,8 +39,6 @@ Result = TypeVar("Result")
 LARGEST: Final = 128
 """Elements in a set. Beyond that there is little left to share, and the first to arrive waits for the last."""
 
-import os
-HOPS = int(os.environ.get("HOPS", "0"))
 SLOW_S: Final = 0.1
 """After so long a set does not hold up others any more: its connection may be lost, or a row be locked for long."""
 
@@ -105,7 +103,6 @@ class Sets(Generic[Element, Result]):
         self._queue: list[_Waiting[Element, Result]] = []
         self._in_use: set[Hashable] = set()
         """The keys of all that has begun."""
-        self._hopping = False
         self._prompt = False
         """Whether a set is under way that is not slow."""
         self._tasks: set[asyncio.Task[None]] = set()
@@ -118,7 +115,7 @@ class Sets(Generic[Element, Result]):
         outcome: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         waiting = _Waiting(current_call.get(), element, frozenset(self._keys(element)), outcome)
         self._queue.append(waiting)
-        self._soon(HOPS)
+        self._begin()
         try:
             return await asyncio.shield(outcome)
         except asyncio.CancelledError:
@@ -127,15 +124,6 @@ class Sets(Generic[Element, Result]):
             else:
                 self._queue.remove(waiting)
             raise
-
-    def _soon(self, hops: int) -> None:
-        if self._prompt or (hops == HOPS and self._hopping):
-            return
-        self._hopping = hops > 0
-        if hops:
-            asyncio.get_running_loop().call_soon(self._soon, hops - 1)
-        else:
-            self._begin()
 
     def _begin(self) -> None:
         """Begin the next set, unless one is under way that is not slow."""
@@ -177,7 +165,7 @@ class Sets(Generic[Element, Result]):
         if not passed:
             slow.cancel()
             self._prompt = False
-        self._soon(HOPS)
+        self._begin()
 
     async def _alone(self, waiting: _Waiting[Element, Result]) -> None:
         """Decide one that had to be left out of its set. It holds up nobody but those who are about the same."""

@@ -1,15 +1,18 @@
 """The start: what a database must be before it is served from."""
 
 import asyncio
+import re
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import psycopg
 import pytest
 from calls import Client, reason
-from conftest import Serve, clean_environment, free_port
+from conftest import OnetimeServer, Serve, clean_environment, free_port
 from onetime.v1 import email_verification_pb2 as ev
 from psycopg import sql
 
@@ -134,6 +137,36 @@ async def test_a_taken_address_is_told(serve: Serve, migrated_url: str, keys_fil
     async with serve(migrated_url) as server:
         told = await asyncio.to_thread(refused, migrated_url, keys_file, server.target)
         assert f"cannot listen on {server.target}" in told
+
+
+async def test_servers_share_a_port(serve: Serve, migrated_url: str) -> None:
+    """Asked to, several servers take connections at one address, and each counts its own calls."""
+    address = f"127.0.0.1:{free_port()}"
+    shared = {"listen": address, "share_port": True}
+    async with serve(migrated_url, **shared) as one, serve(migrated_url, **shared) as other:
+        issued = []
+        # The kernel deals connections out by their ports; and the second server may still be starting.
+        while not (calls_counted(one) and calls_counted(other)):
+            async with one.channel() as channel:
+                issued.append(await Client(channel).issue())
+            assert len(issued) < 500
+        assert calls_counted(one) + calls_counted(other) == len(issued)
+        async with other.channel() as channel:
+            for each in issued:
+                assert await Client(channel).consume(each) == each.token
+
+
+def calls_counted(server: OnetimeServer) -> int:
+    """Return how many calls of IssueToken a server counts; none while it starts."""
+    try:
+        with urllib.request.urlopen(server.metrics_url, timeout=10) as page:  # noqa: S310 - our own, over HTTP
+            text = page.read().decode()
+    except urllib.error.URLError:
+        return 0
+    found = re.search(
+        r'^grpc_server_handled_total{grpc_code="OK",grpc_method="IssueToken",.*} ([0-9]+)', text, re.MULTILINE
+    )
+    return int(found[1]) if found else 0
 
 
 def test_a_database_that_is_not_there_is_told(keys_file: Path) -> None:
