@@ -4,8 +4,8 @@ A table is swept a range of blocks at a time, with a cursor that all replicas sh
 on time: the costs of a sweep do not depend on a table's size. Nothing here makes a request wait, and no failure here
 reaches a caller.
 
-Each write has a 1 in 10 chance to sweep 64 blocks of each table. Ten writes fill about one block, so a steady load is
-swept many times faster than it writes, and an idle service does nothing.
+Each write has a 1 in 10 chance to start a sweep of 256 blocks of each table, a second after the last one at the least. Ten
+writes fill about one block, so a steady load is swept faster than it writes, and an idle service does nothing.
 """
 
 import asyncio
@@ -23,11 +23,11 @@ from service.metrics import CLEANUP_ROWS, CLEANUP_RUNS
 _LOG = logging.getLogger(__name__)
 _QUERIES = load_queries("cleanup")
 
-BLOCKS_IN_PASSING: Final = 64
-"""Blocks of each table that one sweep looks at: under a millisecond where nothing has expired."""
+BLOCKS_IN_PASSING: Final = 256
+"""Blocks of each table that one sweep looks at: two milliseconds where nothing has expired."""
 
-PAUSE_S: Final = 0.1
-"""From the end of a sweep to the next one. Ten a second look at ten times as many blocks as a thousand writes fill."""
+PAUSE_S: Final = 1.0
+"""From the end of a sweep to the next one. It still looks at as many blocks as 2,500 writes a second fill."""
 
 BLOCKS_ON_DEMAND: Final = 256
 """Blocks to a transaction of `sweep_all`."""

@@ -190,7 +190,7 @@ class EmailVerifications(pb_grpc.EmailVerificationServiceServicer):
         self._guesses: Sets[_Guess, Row] = Sets(
             "verify", self._verify_all, keys=lambda guess: (guess.key.token_hashes[0], *guess.intent.keys)
         )
-        self._looks: Sets[_Key, Row] = Sets("get", self._find_all, keys=lambda _: ())
+        self._looks: Sets[_Key, Row] = Sets("get", self._find_all, keys=lambda _: (), decides=False)
 
     async def StartEmailVerification(
         self, request: pb.StartEmailVerificationRequest, context: Context

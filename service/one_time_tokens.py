@@ -123,7 +123,7 @@ class OneTimeTokens(pb_grpc.OneTimeTokenServiceServicer):
         self._issues: Sets[_NewToken, Row] = Sets(
             "issue", self._issue_all, keys=lambda token: (_spender_of(token.subject), *token.intent.keys)
         )
-        self._looks: Sets[_Link, Row] = Sets("check", self._find_links, keys=lambda _: ())
+        self._looks: Sets[_Link, Row] = Sets("check", self._find_links, keys=lambda _: (), decides=False)
         self._uses: Sets[_Link, pb.ConsumeTokenResponse] = Sets(
             "consume", self._consume_all, keys=lambda link: (link.token_hashes[0], *link.intent.keys)
         )

@@ -2,7 +2,8 @@
 
 The costly part of a call is its trip to the database and its commit, and both cost nearly the same for many calls as
 for one. So calls that arrive while a set is under way wait for it, and go together in the next one. Who comes when
-nothing is under way goes at once: there is no timer, and a lone caller waits for nobody.
+nothing is under way goes at once: there is no timer, and a lone caller waits for nobody. A busy event loop first takes
+in the calls that have arrived already.
 
     calls   a b c d e f
     sets    [a]  [b c d]  [e f]        time ->
@@ -38,6 +39,11 @@ Result = TypeVar("Result")
 
 LARGEST: Final = 128
 """Elements in a set. Beyond that there is little left to share, and the first to arrive waits for the last."""
+
+QUIET_TURNS: Final = 8
+"""Turns of the event loop without a further call, after which a set begins. They take some 50 microseconds when there
+is nothing to do. gRPC hands calls over in several steps, a turn each: without waiting for those on their way, sets of 64
+callers had 4 elements, with it 30."""
 
 SLOW_S: Final = 0.1
 """After so long a set does not hold up others any more: its connection may be lost, or a row be locked for long."""
@@ -86,6 +92,7 @@ class Sets(Generic[Element, Result]):
         decide: Callable[[Sequence[Element]], Awaitable[Sequence[Outcome[Result]]]],
         *,
         keys: Callable[[Element], Iterable[Hashable]],
+        decides: bool = True,
         largest: int = LARGEST,
     ) -> None:
         """Take what decides a set.
@@ -94,15 +101,19 @@ class Sets(Generic[Element, Result]):
             kind: Its name in the metrics.
             decide: Returns an outcome for each element. Of one element alone it must not be `Skipped`: there it waits.
             keys: What an element is about. No two that share one are decided at the same time.
+            decides: Whether what becomes of an element is on record though its caller has gone; not of a mere look.
             largest: Elements in a set.
         """
         self._sizes = SET_ELEMENTS.labels(kind)
         self._decide = decide
         self._keys = keys
+        self._decides = decides
         self._largest = largest
         self._queue: list[_Waiting[Element, Result]] = []
         self._in_use: set[Hashable] = set()
         """The keys of all that has begun."""
+        self._gathering = False
+        """Whether a set is about to begin."""
         self._prompt = False
         """Whether a set is under way that is not slow."""
         self._tasks: set[asyncio.Task[None]] = set()
@@ -115,15 +126,30 @@ class Sets(Generic[Element, Result]):
         outcome: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         waiting = _Waiting(current_call.get(), element, frozenset(self._keys(element)), outcome)
         self._queue.append(waiting)
-        self._begin()
+        self._gather()
         try:
             return await asyncio.shield(outcome)
         except asyncio.CancelledError:
             if waiting.begun:
-                leave_unheard(outcome)
+                leave_unheard(outcome, decides=self._decides)
             else:
                 self._queue.remove(waiting)
             raise
+
+    def _gather(self) -> None:
+        """Begin the next set as soon as the event loop has nothing more for it."""
+        if not self._gathering and not self._prompt and self._queue:
+            self._gathering = True
+            asyncio.get_running_loop().call_soon(self._turn, 0, 0)
+
+    def _turn(self, before: int, quiet: int) -> None:
+        now = len(self._queue)
+        quiet = quiet + 1 if now == before else 0
+        if quiet < QUIET_TURNS and now < self._largest:
+            asyncio.get_running_loop().call_soon(self._turn, now, quiet)
+        else:
+            self._gathering = False
+            self._begin()
 
     def _begin(self) -> None:
         """Begin the next set, unless one is under way that is not slow."""
@@ -165,7 +191,7 @@ class Sets(Generic[Element, Result]):
         if not passed:
             slow.cancel()
             self._prompt = False
-        self._begin()
+        self._gather()
 
     async def _alone(self, waiting: _Waiting[Element, Result]) -> None:
         """Decide one that had to be left out of its set. It holds up nobody but those who are about the same."""
