@@ -22,7 +22,7 @@ COMPILE := $(UV) pip compile --quiet --no-config --universal --python-version 3.
 # Wanted on Windows only, where uvloop does not run.
 EXCLUDED := colorama tzdata
 
-.PHONY: help serve test fuzz timing check generate lock clean
+.PHONY: help serve test fuzz timing bench check generate lock clean
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1	\2/p' Makefile | expand -t 18
 
@@ -37,6 +37,9 @@ fuzz: .venv/.project ## send a million hostile requests to a server, for half an
 
 timing: .venv/.project ## measure whether the time of an answer tells an unknown subject from a wrong code (ARGS='--calls ...')
 	@$(PY) tests/timing.py $(ARGS)
+
+bench: .venv/.project ## measure how fast it is, for hours, and write docs/benchmarks.md; needs Go (ARGS='--quick', ARGS='--help')
+	@$(PY) tests/bench.py $(ARGS)
 
 check: check-lint check-format check-types check-layers check-sources check-packages check-protos check-dockerfile check-shell ## hold the sources against every rule that a tool can check
 

@@ -4,8 +4,8 @@ A table is swept a range of blocks at a time, with a cursor that all replicas sh
 on time: the costs of a sweep do not depend on a table's size. Nothing here makes a request wait, and no failure here
 reaches a caller.
 
-Each write has a 1 in 10 chance to start a sweep of 256 blocks of each table, a second after the last one at the least. Ten
-writes fill about one block, so a steady load is swept faster than it writes, and an idle service does nothing.
+Each write has a 1 in 10 chance to start a sweep of 256 blocks of each table, a second after the last one at the least.
+Ten writes fill about one block, so a steady load is swept faster than it writes, and an idle service does nothing.
 """
 
 import asyncio

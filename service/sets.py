@@ -42,8 +42,8 @@ LARGEST: Final = 128
 
 QUIET_TURNS: Final = 8
 """Turns of the event loop without a further call, after which a set begins. They take some 50 microseconds when there
-is nothing to do. gRPC hands calls over in several steps, a turn each: without waiting for those on their way, sets of 64
-callers had 4 elements, with it 30."""
+is nothing to do. gRPC hands calls over in several steps, a turn each: without waiting for those on their way, the sets
+of 64 callers had 4 elements, with it 30."""
 
 SLOW_S: Final = 0.1
 """After so long a set does not hold up others any more: its connection may be lost, or a row be locked for long."""

@@ -100,14 +100,17 @@ var rpcs = map[string]rpc{
 	}},
 	"check-link":   {method: checkToken, words: 1, cycles: true, request: linkRequest},
 	"consume-link": {method: consumeToken, words: 1, request: linkRequest},
+	"consume-link-id": {method: consumeToken, words: 1, request: func(c *caller, line []byte) []byte {
+		return appendBytes(linkRequest(c, line), 4, c.uuid())
+	}},
 
 	"check-code":   {method: checkToken, words: 2, cycles: true, request: codeRequest},
 	"consume-code": {method: consumeToken, words: 2, request: codeRequest},
 
 	"start-verification": {method: start, request: startRequest},
-	"verify-code": {method: verifyCode, words: 2, request: func(_ *caller, line []byte) []byte {
-		token, code := twoWords(line)
-		return appendBytes(appendBytes(newRequest(), 1, token), 2, code)
+	"verify-code":        {method: verifyCode, words: 2, request: verifyRequest},
+	"verify-code-id": {method: verifyCode, words: 2, request: func(c *caller, line []byte) []byte {
+		return appendBytes(verifyRequest(c, line), 3, c.uuid())
 	}},
 	"get-verification": {method: get, words: 1, cycles: true, request: func(_ *caller, line []byte) []byte {
 		token, _ := twoWords(line) // the code may follow it, so that verify-code's input serves here too
@@ -167,6 +170,11 @@ func codeRequest(_ *caller, line []byte) []byte {
 
 func startRequest(c *caller, _ []byte) []byte {
 	return appendBytes(appendBytes(newRequest(), 1, c.uuid()), 2, nil)
+}
+
+func verifyRequest(_ *caller, line []byte) []byte {
+	token, code := twoWords(line)
+	return appendBytes(appendBytes(newRequest(), 1, token), 2, code)
 }
 
 // newRequest has room for the longest request, which names an email verification's token.
@@ -266,12 +274,12 @@ type input struct {
 	taken  atomic.Int64
 }
 
-func readInput(path string, kind rpc) (*input, error) {
+func readInput(path string, kind rpc, again bool) (*input, error) {
 	data, err := os.ReadFile(path)
 	if err != nil {
 		return nil, err
 	}
-	in := &input{data: data, cycles: kind.cycles}
+	in := &input{data: data, cycles: kind.cycles || again}
 	for begin := 0; begin < len(data); {
 		end := bytes.IndexByte(data[begin:], '\n')
 		if end < 0 {
@@ -498,6 +506,7 @@ type options struct {
 	warmup      float64
 	count       int64
 	input       string
+	again       bool
 	output      string
 	progress    bool
 	honourRetry bool
@@ -850,7 +859,7 @@ func execute(o options, kind rpc) (*result, error) {
 	r.all.reasons, r.measured.reasons = map[string]uint64{}, map[string]uint64{}
 	var err error
 	if kind.words > 0 {
-		if r.in, err = readInput(o.input, kind); err != nil {
+		if r.in, err = readInput(o.input, kind, o.again); err != nil {
 			return nil, err
 		}
 	}
@@ -997,6 +1006,8 @@ func parse() (options, rpc) {
 	flag.Float64Var(&o.warmup, "warmup", 0, "seconds of calls before that")
 	flag.StringVar(&o.input, "input", "", "`file` of what to present, a line each: a secret (check-link, consume-link), "+
 		"\"user code\" (check-code, consume-code), \"token code\" (verify-code), a token (get-verification)")
+	flag.BoolVar(&o.again, "again", false,
+		"start the input afresh when it has been used up, though calls spend it: for a server that spends nothing")
 	flag.Int64Var(&o.count, "count", 1000, "how many lines prepare-* writes")
 	flag.StringVar(&o.output, "output", "", "`file` that prepare-* writes; it has secrets")
 	flag.BoolVar(&o.progress, "progress", false, "tell on stderr how it goes; prepare-* always does")
