@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, Self, cast
+from typing import Annotated, Any, Final, Literal, NamedTuple, Self, cast
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 import psycopg
@@ -35,7 +35,7 @@ from pydantic_settings import (
 )
 
 from service.crypto import Keyring
-from service.fields import mailbox
+from service.fields import Fields, mailbox
 
 ENV_PREFIX: Final = "ONETIME_"
 
@@ -147,55 +147,89 @@ class MailServer:
 
 
 _SMTP_PORTS: Final = {"implicit": 465, "starttls": 587, "none": 25}
+_RIGHT_SMTP_URL: Final = (
+    "smtp://user:password@host:port or smtps://user:password@host:port, without a path, is right; in a password, %2F,"
+    " %3F, %23, %40 and %25 for /, ?, #, @ and % are right"
+)
+_SMTP_PARAMETERS: Final = {"tls", "ca", "timeout", "connections"}
 _MAX_CONNECTIONS: Final = 100
 
 
 def parse_smtp_url(text: str) -> MailServer:
     """Read `smtps://user:password@host:port?ca=...&timeout=...&connections=...`; of `smtp://`, `tls` as well.
 
-    Without `tls`, `smtp` demands STARTTLS, and on loopback does without.
+    Without `tls`, `smtp` demands STARTTLS; on loopback, and without `ca`, it does without.
 
     Raises:
         ValueError: It is none. The text quotes nothing of it, since there may be a password anywhere.
     """
-    url = urlsplit(text)
-    asked = dict(parse_qsl(url.query, keep_blank_values=True, strict_parsing=bool(url.query)))
-    host = url.hostname or ""
-    if url.scheme not in ("smtp", "smtps") or not re.fullmatch(
-        r"[A-Za-z0-9._-]+|[0-9a-f:.]*:[0-9a-f:.]*", host, re.ASCII
-    ):
-        raise ValueError("smtp://host or smtps://host is right")
-    if url.path not in ("", "/") or url.fragment:
-        raise ValueError("it has no path; in a password, write / as %2F, ? as %3F, # as %23 and @ as %40")
-    tls = asked.pop("tls", None) or ("none" if is_loopback(host) else "starttls")
-    if url.scheme == "smtps":
-        tls = "implicit"
-    if tls not in _SMTP_PORTS:
-        raise ValueError("tls=starttls or tls=none is right")
-    user, password = (unquote(part) if part is not None else None for part in (url.username, url.password))
-    if bool(user) != bool(password):
-        raise ValueError("a user and a password are right, or neither")
-    if user and tls == "none" and not is_loopback(host):
-        raise ValueError("a password must not travel in plain text: leave out tls=none")
-    ca = asked.pop("ca", None)
-    timeout = parse_duration(asked.pop("timeout", "10s"))
-    connections = asked.pop("connections", "4")
-    if not timedelta(milliseconds=100) <= timeout <= timedelta(minutes=1):
-        raise ValueError("a timeout from 100ms to 1m is right")
-    if not re.fullmatch("[0-9]{1,3}", connections) or not 1 <= int(connections) <= _MAX_CONNECTIONS:
-        raise ValueError(f"1 to {_MAX_CONNECTIONS} connections are right")
-    if asked:
-        raise ValueError("after the question mark, tls, ca, timeout and connections are right")
+    parts = _split_smtp_url(text)
+    on_loopback, asked = is_loopback(parts.host), dict(parts.asked)
+    known = asked.keys() <= _SMTP_PARAMETERS and len(asked) == len(parts.asked)
+    _demand(known, "after the question mark, tls, ca, timeout and connections, each once, are right")
+    right_tls = "tls" not in asked or (parts.scheme == "smtp" and asked["tls"] in ("starttls", "none"))
+    _demand(right_tls, "smtps:// without tls, or smtp:// with tls=starttls or tls=none, is right")
+    usual = "none" if on_loopback and "ca" not in asked else "starttls"
+    tls = "implicit" if parts.scheme == "smtps" else asked.get("tls", usual)
+    _demand(bool(parts.user) == bool(parts.password), "a user and a password are right, or neither")
+    guarded = not parts.user or tls != "none" or on_loopback
+    _demand(guarded, "a password must not travel in plain text: smtp:// without tls=none is right")
+    authorities = asked.get("ca", "")
+    useful = "ca" not in asked or (authorities and tls != "none")
+    _demand(bool(useful), "ca=FILE, without tls=none, is right")
+    try:
+        timeout = parse_duration(asked.get("timeout", "10s"))
+    except ValueError:
+        timeout = timedelta()
+    _demand(timedelta(milliseconds=100) <= timeout <= timedelta(minutes=1), "a timeout from 100ms to 1m is right")
+    connections = asked.get("connections", "4")
+    some = re.fullmatch("[0-9]{1,3}", connections) and 1 <= int(connections) <= _MAX_CONNECTIONS
+    _demand(bool(some), f"1 to {_MAX_CONNECTIONS} connections are right")
     return MailServer(
-        host=host,
-        port=url.port or _SMTP_PORTS[tls],
+        host=parts.host,
+        port=_SMTP_PORTS[tls] if parts.port is None else parts.port,
         tls=cast("Literal['implicit', 'starttls', 'none']", tls),
-        user=user or None,
-        password=password or None,
-        ca=Path(ca) if ca else None,
+        user=parts.user or None,
+        password=parts.password or None,
+        ca=Path(authorities) if authorities else None,
         timeout=timeout,
         connections=int(connections),
     )
+
+
+class _SmtpUrl(NamedTuple):
+    scheme: str
+    host: str
+    port: int | None
+    user: str
+    password: str
+    asked: list[tuple[str, str]]
+
+
+def _split_smtp_url(text: str) -> _SmtpUrl:
+    try:
+        url = urlsplit(text)
+        port = url.port
+        host = url.hostname or ""
+        if ":" in host:
+            ipaddress.IPv6Address(host)
+        user, password = (unquote(part or "", errors="strict") for part in (url.username, url.password))
+        # In a path, a plus is a plus.
+        query = url.query.replace("+", "%2B")
+        asked = parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query), errors="strict")
+    except ValueError:
+        # Its text may quote what it did not understand.
+        raise ValueError(_RIGHT_SMTP_URL) from None
+    a_host = re.fullmatch(r"[A-Za-z0-9._-]*[A-Za-z0-9]|[0-9a-f.]*:[0-9a-f:.]*", host, re.ASCII)
+    # Line breaks would be left out.
+    _demand(url.scheme in ("smtp", "smtps") and bool(a_host) and text.isprintable(), _RIGHT_SMTP_URL)
+    _demand(url.path in ("", "/") and not url.fragment and port != 0, _RIGHT_SMTP_URL)
+    return _SmtpUrl(url.scheme, host, port, user, password, asked)
+
+
+def _demand(holds: bool, right: str) -> None:  # noqa: FBT001 - what is asserted
+    if not holds:
+        raise ValueError(right)
 
 
 def is_loopback(host: str) -> bool:
@@ -604,17 +638,29 @@ class Settings(BaseSettings):
     @field_validator("mail_from")
     @classmethod
     def _mail_from_form(cls, value: str, info: ValidationInfo) -> str:
+        address = mailbox(value)
         smtp_url = info.data.get("smtp_url")
-        if smtp_url and value.endswith("@localhost") and not is_loopback(parse_smtp_url(smtp_url).host):
+        if smtp_url and address.endswith("@localhost") and not is_loopback(parse_smtp_url(smtp_url).host):
             raise _WrongError("no mail server takes mail from there: an address such as no-reply@example.com is right")
-        return mailbox(value)
+        return address
 
     @field_validator("mail_product")
     @classmethod
     def _mail_product_form(cls, value: str) -> str:
-        if not value.strip() or len(value) > _LONGEST_PRODUCT or not value.isprintable():
+        name = value.strip()
+        if not 1 <= len(name) <= _LONGEST_PRODUCT or not name.isprintable():
             raise ValueError("not a name")
-        return value.strip()
+        return name
+
+    @field_validator("mail_locale")
+    @classmethod
+    def _mail_locale_form(cls, value: str) -> str:
+        fields = Fields()
+        # POSIX writes pt_BR.
+        fields.locale("mail_locale", value.replace("_", "-"))
+        if not value or fields.violations:
+            raise ValueError("not a language")
+        return value
 
     @field_validator("keys")
     @classmethod

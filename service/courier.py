@@ -11,6 +11,7 @@ It knows the order of things, and leaves words, SMTP and SQL to `mail`, `smtp` a
 """
 
 import asyncio
+import contextlib
 import logging
 import traceback
 from collections.abc import Mapping
@@ -67,6 +68,8 @@ class Courier:
         self._database = Database(settings.database_url, pool_size=2)
         self._woken = asyncio.Event()
         self._under_way: set[asyncio.Task[None]] = set()
+        self._crowded = False
+        """Whether there may be mails that found no place."""
         self._loop: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
@@ -94,6 +97,7 @@ class Courier:
         while True:
             self._woken.clear()
             try:
+                await self._transport.tend()
                 more = await self._collect()
             except OnetimeError as error:
                 more = False
@@ -106,17 +110,16 @@ class Courier:
 
     async def _pause(self) -> None:
         """Wait until woken, or for the next look."""
-        try:
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(jittered(POLL_S)):
                 await self._woken.wait()
-        except TimeoutError:
-            await self._transport.tend()
 
     async def _collect(self) -> bool:
         """Claim as many mails as there is room for, and start to send them. Return whether to look again at once."""
         free = self._places - len(self._under_way)
         if free == 0:
             # Whichever ends next wakes it.
+            self._crowded = True
             return False
         ended, claimed, (counted,) = await self._database.commit(
             outbox.end_due(self._settings, count=_ENDED_AT_ONCE),
@@ -128,16 +131,17 @@ class Courier:
         for row in ended:
             if row["failure"] == _VERIFICATION_OVER:
                 _tell(row, "withdrawn", _VERIFICATION_OVER)
+        self._crowded = len(claimed) == free
         for row in claimed:
             task = asyncio.create_task(self._deliver(row))
             self._under_way.add(task)
-            # Where there was no room for more, there may be more.
-            task.add_done_callback(partial(self._ended, wake=len(claimed) == free))
-        return len(ended) == _ENDED_AT_ONCE
+            task.add_done_callback(self._ended)
+        # A place may have become free meanwhile.
+        return len(ended) == _ENDED_AT_ONCE or (self._crowded and len(self._under_way) < self._places)
 
-    def _ended(self, task: asyncio.Task[None], *, wake: bool) -> None:
+    def _ended(self, task: asyncio.Task[None]) -> None:
         self._under_way.discard(task)
-        if wake:
+        if self._crowded:
             self.wake()
         error = None if task.cancelled() else task.exception()
         if error is not None:
@@ -171,6 +175,9 @@ class Courier:
         Raises:
             NotSent: It was not accepted.
         """
+        if row["tries"] > self._settings.mail_tries:
+            # How the last one ended was never recorded: its courier died, of this mail perhaps.
+            raise NotSent(row["failure"] or UNREACHABLE)
         verification_id = row["verification_id"]
         try:
             address = self._ring.open_address(row["sealed_address"], row_id=verification_id)
@@ -181,7 +188,8 @@ class Courier:
             # The key was retired, and with it the verification.
             return False
         product = self._settings.mail_product
-        content = self._templates.write(code=code, locale=row["locale"], product=product, lifetime=row["time_left"])
+        lifetime = row["time_left"] + _HURRY
+        content = self._templates.write(code=code, locale=row["locale"], product=product, lifetime=lifetime)
         message = compose(
             content,
             product=product,

@@ -44,30 +44,63 @@ _MOST_VIOLATIONS: Final = 10
 more than 8 KiB of metadata, its reason too."""
 
 
+_CHEROKEE: Final = (
+    "\u13a0\u13a1\u13a2\u13a5\u13a9\u13aa\u13ab\u13ac\u13b3\u13b7\u13bb\u13bd\u13c0\u13c2\u13c3\u13cf\u13d2\u13d4"
+    "\u13d5\u13d9\u13da\u13de\u13df\u13e2\u13e6\u13e7\u13f3\u13f4"
+)
+
 _LOOK_ALIKES: Final = {
+    "ARMENIAN": frozenset("\u0561\u0566\u056c\u0570\u0575\u0578\u057d\u0581\u0585\u054d\u0555"),
+    "CHEROKEE": frozenset(_CHEROKEE + _CHEROKEE.lower()),
     "CYRILLIC": frozenset(
         "\u0430\u0441\u0501\u0435\u04bb\u0456\u0458\u04cf\u043e\u0440\u0517\u051b\u0455\u051d\u0445\u0443\u044a\u044c\u04bd\u043f\u0433\u0475\u0461"
+        "\u04af\u0410\u0412\u0421\u0415\u041d\u0406\u0408\u041a\u041c\u041e\u0420\u0405\u0422\u0425\u0423\u051a\u051c\u04c0\u04ae"
     ),
-    "GREEK": frozenset("\u03b1\u03b9\u03ba\u03bd\u03c1\u03c5\u03c9\u03b7\u03bf\u03c4\u03f2"),
+    "GREEK": frozenset(
+        "\u03b1\u03b9\u03ba\u03bd\u03c1\u03c5\u03c9\u03b7\u03bf\u03c4\u03f2\u03b3"
+        "\u0391\u0392\u0395\u0396\u0397\u0399\u039a\u039c\u039d\u039f\u03a1\u03a4\u03a5\u03a7"
+    ),
+    "LISU": frozenset(map(chr, range(0xA4D0, 0xA4F8))),
 }
-"""Small letters that most fonts draw like Latin ones: in a word of these alone, nobody sees the other script."""
+"""Letters that most fonts draw like Latin ones: in a word of these alone, nobody sees the other script."""
+
+_LATIN_LOOK_ALIKES: Final = frozenset(
+    "\u0185\u01c0\u01c3\u0251\u0261\u0269\u026a\u1d04\u1d0f\u1d1c\u1d20\u1d21\u1d22\ua731\ua78c\uab4e\uab52\uab5a"
+)
+"""Letters of phonetic alphabets, and some rare ones, that are drawn like those of ASCII."""
+
+_EXTRA_DOT: Final = re.compile("[ij\u0131\u0237l]\u0307")
+"""A dot above a letter that has one is drawn in its place; above one that has none, it makes an i or a j."""
 
 _EAST_ASIAN: Final = ({"CJK", "HIRAGANA", "KATAKANA"}, {"CJK", "BOPOMOFO"}, {"CJK", "HANGUL"})
 """Scripts that are written together, and with Latin (Unicode TR 39, "highly restrictive")."""
+
+_SCRIPTS: Final = {"ARABIC-INDIC": "ARABIC", "EXTENDED": "ARABIC", "IDEOGRAPHIC": "CJK", "KATAKANA-HIRAGANA": None}
+"""What the first word of a character's name means where it names no script; None where many scripts have it."""
+
+_INVISIBLE: Final = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\ufe00-\ufe0f\U000e0000-\U000e0fff]")
+"""Letters and marks that nobody sees (Unicode's Default_Ignorable_Code_Point); the other ones are of category Cf, or
+NFKC changes them. In domains they would be left out."""
+
+_ROUTE: Final = re.compile(r"[!%]|=\?")
+"""What mail servers may read another address out of: bang paths, the percent hack, encoded words (RFC 2047)."""
+
+_NUMBER: Final = re.compile("[0-9]+|0x[0-9a-f]*", re.ASCII)
+
+_LOCAL_PART_OCTETS: Final = 64
+"""RFC 5321, 4.5.3.1.1."""
 
 
 def mailbox(text: str) -> str:
     """Return an address that mail can be sent to: the local part as it stands, the domain in ASCII (A-labels).
 
-    What Unicode would turn into another address is refused, and so is what people would take for another one, since
-    the code would go to somebody else than they read. No address is looked up.
+    What Unicode would turn into another address is refused, and so is what people or mail servers would take for
+    another one, since the code would go to somebody else than they read. No address is looked up.
 
     Raises:
         ValueError: It is none, or looks like another. The text says what is right, and quotes nothing of it.
     """
-    normal = unicodedata.normalize("NFC", text.strip())
-    if unicodedata.normalize("NFKC", normal) != normal:
-        raise ValueError("an address whose characters NFKC leaves as they are is right")
+    normal = _normal(text)
     try:
         found = email_validator.validate_email(
             normal,
@@ -80,26 +113,65 @@ def mailbox(text: str) -> str:
     except email_validator.EmailNotValidError:
         # Its text quotes the address.
         raise ValueError("one address, such as ada@example.com, without a name, quotes or comments is right") from None
-    last = found.domain.rpartition(".")[2]
-    for label in (found.local_part, *found.domain.split(".")):
-        if _deceives(label.lower(), last):
-            raise ValueError("an address is right of whose parts none mixes scripts or looks like one in Latin letters")
-    return f"{found.local_part}@{found.ascii_domain}"
+    local_part, labels = found.local_part, found.domain.split(".")
+    if len(local_part.encode()) > _LOCAL_PART_OCTETS:
+        raise ValueError(f"an address with at most {_LOCAL_PART_OCTETS} octets before the @ is right")
+    if _ROUTE.search(local_part) or _NUMBER.fullmatch(labels[-1]):
+        raise ValueError("an address at a host's name, without !, % and =? before the @, is right")
+    if not all(character.isascii() or _of_words(character) for character in local_part) or _INVISIBLE.search(normal):
+        raise ValueError("an address of letters, marks and digits that can be seen, and of ASCII, is right")
+    if any(_deceives(label, labels[-1]) for label in (local_part, *labels)):
+        raise ValueError("an address is right of whose parts none mixes scripts or looks like one in Latin letters")
+    return f"{local_part}@{found.ascii_domain}"
+
+
+def _normal(text: str) -> str:
+    """Return an address trimmed and in NFC.
+
+    Raises:
+        ValueError: NFKC would change that, or it is far too long. The text says what is right.
+    """
+    trimmed = text.strip()
+    # To order many marks takes a time that grows with their square. Composed, four characters at most become one.
+    if len(trimmed) > 4 * _ADDRESS_LENGTH:
+        raise ValueError(f"an address of 1 to {_ADDRESS_LENGTH} characters is right")
+    normal = unicodedata.normalize("NFC", trimmed)
+    if unicodedata.normalize("NFKC", normal) != normal:
+        # U+FF20 would become a second @, U+017F an s: two addresses that a later step takes for one.
+        raise ValueError("an address whose characters NFKC leaves as they are is right")
+    return normal
+
+
+def _of_words(character: str) -> bool:
+    """Tell whether words are written with a character: letters, marks, digits. Symbols look like each other."""
+    return unicodedata.category(character) in {"Ll", "Lm", "Lo", "Lt", "Lu", "Mc", "Mn", "Nd", "Nl"}
 
 
 def _deceives(label: str, last: str) -> bool:
     """Tell whether a part of an address may look like another one. `last` is the domain's last label."""
+    if _EXTRA_DOT.search(label) or not _LATIN_LOOK_ALIKES.isdisjoint(label):
+        return True
     scripts = _scripts(label)
     if len(scripts) > 1:
         return not any(scripts - {"LATIN"} <= written_together for written_together in _EAST_ASIAN)
-    (script,) = scripts or {"LATIN"}
+    # Who reads a domain of another script to its end knows which one it is, unless that end deceives as well.
+    return _looks_latin(label) and (_scripts(last) != scripts or _looks_latin(last))
+
+
+def _looks_latin(label: str) -> bool:
+    """Tell whether all letters of a label are of another script, and drawn like Latin ones."""
     letters = {character for character in label if character.isalpha()}
-    return letters <= _LOOK_ALIKES.get(script, frozenset()) and _scripts(last) != scripts
+    return any(letters and letters <= look_alikes for look_alikes in _LOOK_ALIKES.values())
 
 
 def _scripts(label: str) -> set[str]:
-    """Return the scripts of a label's letters. Unicode names a letter by its script first."""
-    return {unicodedata.name(character, "?").split()[0] for character in label if character.isalpha()}
+    """Return the scripts of a label. Unicode names a character by its script first, but for those of many scripts."""
+    found = set()
+    for character in label:
+        if character.isalpha() or (not character.isascii() and _of_words(character)):
+            word = unicodedata.name(character, "?").split()[0]
+            found.add(_SCRIPTS.get(word, None if word == "COMBINING" else word))
+    return {script for script in found if script}
 
 
 class Fields:
@@ -172,10 +244,11 @@ class Fields:
 
     def address(self, field: str, value: str) -> str:
         """Check an address and return its normal form: trimmed, NFC, lower-cased."""
-        normal = unicodedata.normalize("NFC", value.strip())
-        if unicodedata.normalize("NFKC", normal) != normal:
-            # U+FF20 would become a second @, U+017F an s: two addresses that a later step takes for one.
-            self.refuse(field, "an address whose characters NFKC leaves as they are is required")
+        try:
+            normal = _normal(value)
+        except ValueError as error:
+            self.refuse(field, str(error))
+            return ""
         # Lower-casing may take a string out of NFC; the normal form of a normal form must be itself.
         normal = unicodedata.normalize("NFC", normal.lower())
         if not 1 <= len(normal) <= _ADDRESS_LENGTH:

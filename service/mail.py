@@ -42,7 +42,7 @@ _SAMPLE_MINUTES: Final = (1, 2, 5, 12, 22, 60, 1440)  # one of each plural that 
 _RIGHT_TO_LEFT: Final = frozenset("ar arc ckb dv fa he nqo ps sd syr ug ur yi".split())  # noqa: SIM905 - easier to read
 _RIGHT_TO_LEFT_SCRIPTS: Final = frozenset({"Adlm", "Arab", "Aran", "Hebr", "Mand", "Nkoo", "Rohg", "Syrc", "Thaa"})
 _SCRIPT: Final = re.compile("[A-Z][a-z]{3}")
-_TAG: Final = re.compile("[A-Za-z]{2,3}(-[A-Za-z0-9]{1,8})*", re.ASCII)
+_TAG: Final = re.compile("[A-Za-z]{2,3}(-[A-Za-z0-9]{1,8})*(?<!-[A-Za-z0-9])", re.ASCII)
 
 
 # The words
@@ -96,7 +96,7 @@ class Templates:
                 # Only of the operator's: a test sees to ours.
                 _add(
                     faults,
-                    [f"{folder}/{language}: {', '.join(missing)} is missing: {', '.join(_OF_A_LANGUAGE)} are right"],
+                    [f"{folder}/{language}: without {' and '.join(missing)}: {', '.join(_OF_A_LANGUAGE)} are right"],
                 )
                 continue
             self._languages[language.lower()] = language
@@ -149,9 +149,8 @@ class Templates:
             language = self._languages.get("-".join(parts))
             if language is not None:
                 return language
+            # A part of one letter goes with the one after it: no tag of ours ends with such a part, so none is found.
             parts.pop()
-            if parts and len(parts[-1]) == 1:
-                parts.pop()  # it only said of what kind the part after it was
         return None
 
     def _render(self, name: str, variables: Mapping[str, object]) -> str:

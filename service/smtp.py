@@ -9,7 +9,6 @@ import ssl
 import time
 from collections.abc import Awaitable, Callable
 from email.message import EmailMessage
-from email.policy import SMTP, SMTPUTF8
 from typing import Final
 
 import aiosmtplib
@@ -47,6 +46,8 @@ class NotSent(Exception):
 
     def __init__(self, failure: str, code: int | None = None) -> None:
         """Take one of the classes above, and the server's reply code (RFC 5321, 4.2), if it gave one."""
+        if code is not None and code < 0:
+            code = None  # so aiosmtplib calls what is no reply at all
         super().__init__(f"{failure} ({code})" if code else failure)
         self.failure = failure
         self.code = code
@@ -95,13 +96,12 @@ class Transport:
         Raises:
             NotSent: It did not accept it.
         """
-        international = not to.isascii()
-        policy = SMTPUTF8 if international else SMTP
-        content = message.as_bytes(policy=policy.clone(cte_type="7bit"))
+        # By its own policy: another one folds long headers anew, and makes encoded words of a Message-ID.
+        content = message.as_bytes()
         while True:
             connection = self._take_idle() or await self._connect()
             try:
-                return await self._deliver(connection, content, to, wanted, international=international)
+                return await self._deliver(connection, content, to, wanted)
             except _StaleError:
                 # The server hung up while the connection was idle. Nothing of this mail was sent.
                 continue
@@ -117,16 +117,16 @@ class Transport:
 
     async def close(self) -> None:
         """Take leave of the server."""
-        while self._idle:
-            await self._quit(self._idle.pop())
+        idle, self._idle = self._idle, []
+        await asyncio.gather(*map(self._quit, idle))
 
     async def tend(self) -> None:
         """Take leave on the connections that have been idle for too long."""
         usable = [each for each in self._idle if each.usable()]
         stale = [each for each in self._idle if not each.usable()]
         self._idle = usable
-        for connection in stale:
-            await self._quit(connection)
+        # At once: a server that does not answer makes each of them wait.
+        await asyncio.gather(*map(self._quit, stale))
 
     def _take_idle(self) -> _Connection | None:
         while self._idle:
@@ -169,28 +169,28 @@ class Transport:
         content: bytes,
         to: str,
         wanted: Callable[[], Awaitable[bool]],
-        *,
-        international: bool,
     ) -> bool:
         client = connection.client
+        international = not (self._sender + to).isascii()
         reused = connection.mails > 0
         accepted = ready = False
         try:
             if international and not client.supports_extension("smtputf8"):
-                raise NotSent(ADDRESS_REFUSED)  # and it will not learn to
+                ready = True  # for another mail
+                # And it will not learn to.
+                raise NotSent(MESSAGE_REFUSED if to.isascii() else ADDRESS_REFUSED)
+            encoding = "utf-8" if international else "ascii"
             try:
-                await client.mail(self._sender, options=["SMTPUTF8"] if international else [])
+                await client.mail(self._sender, options=["SMTPUTF8"] if international else [], encoding=encoding)
             except (aiosmtplib.SMTPServerDisconnected, aiosmtplib.SMTPSenderRefused) as error:
                 if reused and getattr(error, "code", _GOING) == _GOING:
                     raise _StaleError from None
                 raise
-            await client.rcpt(to, encoding="utf-8" if international else "ascii")
+            await client.rcpt(to, encoding=encoding)
             accepted = await wanted()
             if accepted:
                 await client.data(content)
-            else:
-                await client.rset()
-            ready = True
+            ready = accepted or await self._reset(connection)
         except aiosmtplib.SMTPResponseException as error:
             ready = await self._reset(connection)
             raise _answered(error) from None
@@ -207,7 +207,7 @@ class Transport:
         return accepted
 
     async def _reset(self, connection: _Connection) -> bool:
-        """Make a connection ready for another mail after a refusal, if it can be."""
+        """Make a connection ready for another mail after one that was not sent, if it can be."""
         try:
             await connection.client.rset()
         except (aiosmtplib.SMTPException, OSError, TimeoutError):

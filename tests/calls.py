@@ -284,6 +284,15 @@ class Client:
         )
         return await self.verifications.StartEmailVerification(request)
 
+    async def start_by_mail(
+        self, user_id: str = "", *, email: str = ADDRESS, locale: str = "", request_id: str = ""
+    ) -> ev.StartEmailVerificationResponse:
+        """Start a verification with `send_email`, of a new user if none is named."""
+        request = ev.StartEmailVerificationRequest(
+            user_id=user_id or new_id(), send_email=ev.SendEmail(email=email, locale=locale), request_id=request_id
+        )
+        return await self.verifications.StartEmailVerification(request)
+
     async def verify(
         self, started: ev.StartEmailVerificationResponse, code: str | None = None, *, request_id: str = ""
     ) -> ev.EmailVerification:
@@ -348,6 +357,7 @@ _TABLES: Final[tuple[LiteralString, ...]] = (
     "public.users",
     "public.email_verification_tokens",
     "onetime.email_verification_states",
+    "onetime.outbox",
     "onetime.receipts",
     "onetime.budgets",
 )
@@ -393,6 +403,15 @@ def verification_row(database: Database, started: ev.StartEmailVerificationRespo
         "select t.*, s.failed_attempts, s.caller, s.delivery from public.email_verification_tokens as t"
         " join onetime.email_verification_states as s on s.id = t.id where t.id = %s",
         [started.verification.id],
+    ).fetchone()
+    assert row is not None
+    return row
+
+
+def mail_row(database: Database, started: ev.StartEmailVerificationResponse) -> DictRow:
+    """Return the row of a verification's mail."""
+    row = database.execute(
+        "select * from onetime.outbox where verification_id = %s", [started.verification.id]
     ).fetchone()
     assert row is not None
     return row

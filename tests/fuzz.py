@@ -151,6 +151,25 @@ _CHECKS: Final[Mapping[str, LiteralString]] = {
         "select count(*) as n from public.email_verification_tokens"
         " where used_at is not null and deleted_at is not null"
     ),
+    "a mail without its verification": (
+        "select count(*) as n from onetime.outbox as o where not exists"
+        " (select from public.email_verification_tokens as t where t.id = o.verification_id)"
+    ),
+    "a mail of a code that was returned": (
+        "select count(*) as n from onetime.outbox as o"
+        " join onetime.email_verification_states as s on s.id = o.verification_id where s.delivery <> 'send_email'"
+    ),
+    "an address of a verification that is over": (
+        "select count(*) as n from onetime.outbox as o"
+        " join public.email_verification_tokens as t on t.id = o.verification_id"
+        " where o.sealed_address is not null and (t.used_at is not null or t.deleted_at is not null)"
+    ),
+    "a mail that was sent by nobody": (
+        "select count(*) as n from onetime.outbox as o"
+        " join public.email_verification_tokens as t on t.id = o.verification_id"
+        " join onetime.email_verification_states as s on s.id = t.id"
+        " where o.state = 'sent' or (s.delivery = 'send_email' and t.code_sent)"
+    ),
     "a receipt that was never settled": "select count(*) as n from onetime.receipts where row_id is null",
 }
 """What no row may be, each with the query that counts such rows."""
@@ -355,6 +374,23 @@ _NUMBERS: Final = (
     *(315_576_000_000, 315_576_000_001, 2**53 + 1, 2**62, 2**63 - 1, 2**63, -1, -5, -999_999_999, -(2**31)),
 )
 
+_ADDRESSES: Final = (
+    "x" * 64 + "@" + "x" * 63 + ".org",
+    "ada@example.org\r\nBcc: eve@example.net",
+    "Ada <ada@example.org>",
+    "=?utf-8?q?ada=40example.net=3e?=@example.org",
+    "ada%example.net@example.org",
+    "ada@[127.0.0.1]",
+    "ada@xn--80ak6aa92e.com",
+    "ada@xn--" + "9" * 50 + ".org",
+    "ada@localhost",
+    "ada@ex\u00e4mple.org",
+    "\u0430\u0434\u0430@\u043f\u0440\u0438\u043c\u0435\u0440.\u0440\u0444",
+    "ad\u0430@example.org",
+    "a" + "\u0315\u0300" * 15_000 + "@example.org",  # marks in a wrong order
+)
+"""What is, and what is not, an address to send mail to."""
+
 _TEXTS: Final[Sequence[bytes]] = (
     b"",
     b"\0",
@@ -401,6 +437,7 @@ _TEXTS: Final[Sequence[bytes]] = (
     b"a@b@c",
     b'"a@b"@example.org',
     b"a@example.org,b@example.org",
+    *(address.encode() for address in _ADDRESSES),
     b"x" * 319 + b"@",
     b"x" * 321,
     b"@" + "ﬃ".encode() * 300,
@@ -547,7 +584,8 @@ class Forger:
                 # From a few, so that some are used again, with the same content or another.
                 text = str(uuid.UUID(int=chance.randrange(2000), version=4)) if chance.random() < 0.5 else ""
             case "relates_to" | "email":
-                text = bait.address
+                sound = of.name == "relates_to" or chance.random() < 0.5
+                text = bait.address if sound else chance.choice(_ADDRESSES)
             case "link_secret":
                 text = bait.secret
             case "email_verification_token":
@@ -1037,7 +1075,10 @@ class Storm:
     async def _honest(self, number: int, chance: random.Random) -> None:
         """Use the service as it is meant to be used, as a user whom nobody else knows, and see that it works."""
         flow = chance.choice(
-            (self._honest_link, self._honest_code, self._honest_verification, self._honest_retry, self._guesses)
+            (
+                *(self._honest_link, self._honest_code, self._honest_verification, self._honest_retry),
+                *(self._honest_mail, self._guesses),
+            )
         )
         with self._no_findings_but(number, flow.__name__):
             await flow(Client(chance.choice(self._calm)), f"{new_id()}-{PRIVATE}@example.org")
@@ -1110,6 +1151,18 @@ class Storm:
         self._judge.remember(other.email_verification_token)
         assert (await self._ok(client.cancel(other))).state == ev.STATE_CANCELLED
         await self._no("TOKEN_CANCELLED", client.verify(other))
+
+    async def _honest_mail(self, client: Client, address: str) -> None:
+        """A mail is queued, for as long as its verification is not over, and nobody hears its code."""
+        started = await self._ok(client.start_by_mail(email=address))
+        self._judge.remember(started.email_verification_token)
+        assert not started.code
+        assert started.verification.delivery_state == ev.DELIVERY_STATE_QUEUED
+        assert (await self._ok(client.get(started))).delivery_state == ev.DELIVERY_STATE_QUEUED
+        await self._no("INVALID_REQUEST", client.mark_sent(started))
+        cancelled = await self._ok(client.cancel(started))
+        assert cancelled.delivery_failure == ev.DELIVERY_FAILURE_VERIFICATION_OVER
+        await self._no("TOKEN_CANCELLED", client.resend(started))
 
     async def _honest_retry(self, client: Client, address: str) -> None:
         """A call that is repeated with its request_id gets its answer again."""
@@ -1227,6 +1280,7 @@ async def _serving(url: str, folder: Path, judge: Judge) -> AsyncIterator[_Serve
         listen=target,
         metrics_listen=metrics,
         drain_delay="0s",
+        smtp_url="smtp://127.0.0.1:1",  # where nobody is: what is to be mailed stays in the outbox
         unsafe_cheap_argon2=True,
         argon2_memory_kib=64,
         argon2_time_cost=1,

@@ -1,6 +1,7 @@
 """AdminService: what operators and support do to a user as a whole."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Awaitable, Iterator
 
 import pytest
@@ -10,6 +11,7 @@ from calls import (
     connected,
     contents,
     ended,
+    expire,
     new_id,
     open_channel,
     reason,
@@ -18,7 +20,7 @@ from calls import (
     until,
     wrong,
 )
-from conftest import PostgresServer
+from conftest import PostgresServer, Serve
 from onetime.v1 import admin_pb2 as pb
 from onetime.v1 import one_time_tokens_pb2 as ott
 from onetime.v1.email_verification_pb2 import STATE_USED
@@ -61,7 +63,7 @@ async def test_purge(client: Client, database: Database) -> None:
     """Everything of the user goes, so that the host can delete the user, and nothing of anybody else's."""
     before = contents(database)
     other = await client.issue(), await client.start()
-    kept = contents(database)
+    kept = dict(contents(database))
     user_id = new_id()
     issued = [
         await client.issue(user_id, ott.TOKEN_TYPE_RECOVERY, request_id=new_id()),
@@ -71,6 +73,14 @@ async def test_purge(client: Client, database: Database) -> None:
     await client.verify(started[0])
     await client.cancel(started[1])
     assert await reason(client.consume(issued[1], wrong(issued[1].secret))) == "CODE_MISMATCH"
+    for each in (other[1], *started):
+        database.execute(
+            "insert into onetime.outbox (verification_id, message_id, sealed_address, locale, due_at)"
+            " values (%s, gen_random_uuid(), 'k0.x', '', null)",
+            [each.verification.id],
+        )
+    mails = contents(database)["onetime.outbox"]
+    kept["onetime.outbox"] = [row for row in mails if str(row["verification_id"]) == other[1].verification.id]
     # Another system's rows of this user would keep the host from deleting the user, too.
     database.execute(
         "insert into public.email_verification_tokens (user_id, email_verification_token, code) values (%s, %s, '1')",
@@ -157,6 +167,52 @@ async def test_purges_and_calls_at_once(client: Client, database: Database, post
     with postgres_18.log.open("rb") as log:
         log.seek(start)
         assert b"deadlock detected" not in log.read()
+
+
+async def test_purges_and_mails_at_once(serve: Serve, migrated_url: str, postgres_18: PostgresServer) -> None:
+    """PurgeUser, calls, two couriers and their clean-ups on the same verifications: no two wait in a circle.
+
+    The mail server is not there, so that couriers claim, fail and give up all the time.
+    """
+    start = postgres_18.log.stat().st_size
+    settings = {"smtp_url": "smtp://127.0.0.1:1", "mail_tries": 2, "cleanup_probability": 1, "sends_per_window": 1000}
+    async with (
+        serve(migrated_url, **settings) as one,
+        serve(migrated_url, **settings) as two,
+        one.channel() as first,
+        two.channel() as second,
+    ):
+        clients = [Client(first), Client(second)]
+        for _ in range(6):
+            user_id = new_id()
+            started = [await clients[0].start_by_mail(user_id) for _ in range(3)]
+            with connected(migrated_url) as database:
+                # The clean-up has something to do too.
+                expire(database, started[2])
+            calls: list[Awaitable[object]] = []
+            for client in clients * 2:
+                for each in started:
+                    calls += [client.resend(each), client.verify(each, "000000"), client.get(each)]
+                calls += [client.start_by_mail(user_id), client.cancel(started[1])]
+                calls += [client.admin.PurgeUser(pb.PurgeUserRequest(user_id=user_id))]
+            ends = await asyncio.gather(*(ended(call) for call in calls))
+            assert set(ends) <= {
+                *("OK", "TOKEN_NOT_FOUND", "TOKEN_USED", "TOKEN_CANCELLED", "TOKEN_EXPIRED", "CODE_MISMATCH"),
+                *("ATTEMPTS_EXHAUSTED", "TOO_MANY_FAILURES", "TOO_MANY_SENDS"),
+            }
+            await clients[0].admin.PurgeUser(pb.PurgeUserRequest(user_id=user_id))
+            with connected(migrated_url) as database:
+                query = "select from onetime.outbox where verification_id = any (%s::uuid[])"
+                ids = [each.verification.id for each in started]
+                assert database.execute(query, [ids]).rowcount == 0
+    with postgres_18.log.open("rb") as log:
+        log.seek(start)
+        assert b"deadlock detected" not in log.read()
+    for server in (one, two):
+        lines = [json.loads(line) for line in server.log.read_text("utf-8").splitlines()]
+        # The control: couriers were at it.
+        assert {line["event"] for line in lines if line["level"] == "WARNING"} == {"mail"}
+        assert not [line for line in lines if line["level"] == "ERROR"]
 
 
 async def test_unlock(client: Client, database: Database) -> None:

@@ -26,6 +26,7 @@ TABLES: Final[tuple[LiteralString, ...]] = (
     "public.email_verification_tokens",
     "onetime.one_time_token_states",
     "onetime.email_verification_states",
+    "onetime.outbox",
     "onetime.receipts",
     "onetime.budgets",
 )
@@ -34,6 +35,7 @@ SWEEPS: Final = {
     "public.email_verification_tokens": "sweep_email_verification_tokens",
     "onetime.one_time_token_states": "sweep_one_time_token_states",
     "onetime.email_verification_states": "sweep_email_verification_states",
+    "onetime.outbox": "sweep_outbox",
     "onetime.receipts": "sweep_receipts",
     "onetime.budgets": "sweep_budgets",
 }
@@ -76,7 +78,8 @@ async def pool(settings: Settings) -> AsyncIterator[Pool]:
 def fill(database: Database, count: int, *, expired: str = "true", first: int = 1) -> None:
     """Write so many rows into each table, those for which an expression over `n` holds as if they had expired.
 
-    Each `n`, from the first on, is one token, budget, verification and receipt, with address and digests made from it.
+    Each `n`, from the first on, is one token, budget, verification, mail and receipt, with address and digests made
+    from it. Of the mails of verifications that are not over, one in a hundred is still to be sent.
     """
     # Without the checks of foreign keys, and with ids in the order of an index: either would take most of the time.
     database.execute("set session_replication_role = replica")
@@ -110,16 +113,22 @@ def fill(database: Database, count: int, *, expired: str = "true", first: int = 
     """)
     database.execute(f"""
         with request as (
-          select uuidv7() as id, {user_id} as user_id, 'ev1.k0.' || repeat(md5(n::text), 4) as token_hash,
+          select n, uuidv7() as id, {user_id} as user_id, 'ev1.k0.' || repeat(md5(n::text), 4) as token_hash,
             clock_timestamp() - {age} as made
           from generate_series({first}, {last}) as n
         ), token as (
           insert into public.email_verification_tokens
             (id, user_id, email_verification_token, code, created_at, updated_at, expires_at)
           select id, user_id, token_hash, '123456', made, made, made + interval '15 min' from request
+        ), mail as (
+          insert into onetime.outbox (verification_id, message_id, sealed_address, locale, state, queued_at, due_at)
+          select id, uuidv7(), case when not ({expired}) then 'k0.x'::bytea end, '',
+            case when not ({expired}) and n % 100 = 1 then 'queued' else 'sent' end, made,
+            case when not ({expired}) then case when n % 100 = 1 then made else made + interval '15 min' end end
+          from request
         )
         insert into onetime.email_verification_states (token_hash, id, caller, delivery, created_at)
-        select token_hash, id, 'tests', 'return_code', made from request
+        select token_hash, id, 'tests', 'send_email', made from request
     """)
     database.execute("reset session_replication_role")
 
@@ -173,7 +182,7 @@ async def test_expired_rows_never_match_and_are_removed_in_passing(serve: Serve,
                 ):
                     await client.revoke(new_id())
             # What was issued is gone, and what bounds its issuing is not.
-            assert counts(database) == dict.fromkeys(TABLES, 1) | {"onetime.budgets": 5}
+            assert counts(database) == dict.fromkeys(TABLES, 1) | {"onetime.budgets": 5, "onetime.outbox": 0}
         for made in issued:
             assert (await refused(client.consume(made))).reason == "TOKEN_NOT_FOUND"
         assert (await refused(client.verify(started))).reason == "TOKEN_NOT_FOUND"
@@ -234,7 +243,7 @@ async def test_used_and_cancelled_rows_are_kept_for_their_retention(database: Da
     ).fetchall()
     digest = "select 'ev1.k0.' || repeat(md5(n::text), 4) as token from unnest(array[1, 3, 5]) as n"
     assert {row["token"] for row in left} == {row["token"] for row in database.execute(digest)}
-    assert counts(database)["onetime.email_verification_states"] == 3
+    assert counts(database)["onetime.email_verification_states"] == counts(database)["onetime.outbox"] == 3
 
 
 def _url(database: Database) -> str:
@@ -259,18 +268,18 @@ async def test_receipts_go_after_their_retention(database: Database) -> None:
 
 
 async def test_orphans_go(database: Database, settings: Settings) -> None:
-    """States of tokens that the host has deleted go after a while, and no other state goes before its token."""
+    """States and mails of tokens that the host has deleted go after a while, and none goes before its token."""
     fill(database, 10, expired="n <= 5")
     database.execute("delete from auth.one_time_tokens")
     database.execute("delete from public.email_verification_tokens")
     removed = await sweep_everything(settings)
     # The young ones may be states of rows that the sweep does not see yet.
-    assert {table: removed[table] for table in TABLES if table.endswith("_states")} == dict.fromkeys(
-        ("onetime.one_time_token_states", "onetime.email_verification_states"), 5
-    )
+    beside = ("onetime.one_time_token_states", "onetime.email_verification_states", "onetime.outbox")
+    assert {table: removed[table] for table in beside} == dict.fromkeys(beside, 5)
     fill(database, 10, expired="false", first=11)
     database.execute("update onetime.one_time_token_states set created_at = created_at - interval '2 days'")
     database.execute("update onetime.email_verification_states set created_at = created_at - interval '2 days'")
+    database.execute("update onetime.outbox set queued_at = queued_at - interval '2 days'")
     await sweep_everything(settings)
     # The orphans that were too young by then have aged too.
     left = counts(database)
@@ -360,7 +369,7 @@ async def test_locked_rows_are_passed_over(
 ) -> None:
     """A row that somebody has locked holds up neither a sweep nor the rest; it goes when it is free."""
     fill(database, 20)
-    if table.endswith("_states"):
+    if table.endswith("_states") or table == "onetime.outbox":
         # Orphans, but for the sweep of their tokens below.
         database.execute("delete from auth.one_time_tokens where relates_to <> '1@example.org'")
     with connected(settings.database_url) as holder, holder.transaction():
@@ -483,6 +492,23 @@ def hot_params(database: Database, stem: str, settings: Settings) -> list[dict[s
             }
             for request_id in (found["request_id"], uuid.uuid4())
         ]
+    if stem == "outbox":
+        (found,) = database.execute("select * from onetime.outbox where state = 'queued' limit 1").fetchall()
+        return [
+            {
+                "verification_ids": [verification_id],
+                "message_ids": [found["message_id"]],
+                "sealed_addresses": [b"k0.x"],
+                "locales": [""],
+                "tries": [0],
+                "failures": ["deferred"],
+                "waits": [wait],
+                "count": 500,
+                "lease": 40.0,
+                "max_attempts": settings.max_attempts,
+            }
+            for verification_id, wait in ((found["verification_id"], 1.0), (uuid.uuid4(), None))
+        ]
     if stem == "one_time_tokens":
         table, digest, unknown = "auth.one_time_tokens", "token_hash", "otl1.k0.unknown"
     else:
@@ -514,7 +540,7 @@ def hot_params(database: Database, stem: str, settings: Settings) -> list[dict[s
 
 HOT: Final = [
     (stem, name)
-    for stem in ("one_time_tokens", "email_verification", "budgets", "receipts", "cleanup")
+    for stem in ("one_time_tokens", "email_verification", "outbox", "budgets", "receipts", "cleanup")
     for name in load_queries(stem)
 ]
 

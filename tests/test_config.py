@@ -1,7 +1,10 @@
+import dataclasses
 import os
 import re
+import traceback
 from datetime import timedelta
 from pathlib import Path
+from typing import Final
 
 import pytest
 from hypothesis import given
@@ -16,15 +19,20 @@ from service.config import (
     exposed_passwords,
     format_duration,
     is_cheap,
+    is_loopback,
     load,
     load_keyring,
     parse_duration,
     parse_listen,
+    parse_smtp_url,
 )
 from service.crypto import Keyring, new_key
 
 PATHS = (Path, Path | None)
 """Types of settings that take any text."""
+
+ANY_NAME = ("mail_product",)
+"""Settings that take any printable text."""
 
 TOKEN_TYPES = {
     "confirmation_token": "confirmation",
@@ -146,7 +154,12 @@ def test_all_that_is_wrong_is_told_at_once_by_the_names_given(tmp_path: Path, mo
 
 
 @pytest.mark.parametrize(
-    "variable", [one.variable for one in describe() if Settings.model_fields[one.name].annotation not in PATHS]
+    "variable",
+    [
+        one.variable
+        for one in describe()
+        if Settings.model_fields[one.name].annotation not in PATHS and one.name not in ANY_NAME
+    ],
 )
 def test_nonsense_is_refused_in_every_setting(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every setting with a form refuses what has it not, by the variable's name, with what would be right."""
@@ -187,24 +200,39 @@ def test_a_wrong_database_url_is_not_shown(monkeypatch: pytest.MonkeyPatch, url:
 
 
 def test_a_password_on_the_command_line_is_noticed() -> None:
-    """Every user of the machine can read it there; the warning does not repeat it."""
-    for url in ("postgresql://app:geheim@db/d", "host=db password=geheim", "postgresql://db/d?password=geheim"):
-        warning = exposed_passwords({"database_url": url})
-        assert warning is not None
-        assert "--database-url: its password can be read by every user" in warning
+    """Every user of the machine can read it there; the warning does not repeat it, and tells where it belongs."""
+    exposed = ("postgresql://app:geheim@db/d", "host=db password=geheim", "postgresql://db/d?password=geheim")
+    for url in exposed:
+        (warning,) = exposed_passwords({"database_url": url})
+        assert warning.startswith("--database-url: its password can be read by every user")
         assert "geheim" not in warning
+    for url in ("smtp://app:geheim@mail", "smtps://app:geheim@mail:465?timeout=5s", "smtp://app:geh%40eim@[::1]"):
+        (warning,) = exposed_passwords({"smtp_url": url})
+        assert warning.startswith("--smtp-url: its password can be read by every user")
+        assert "ONETIME_SMTP_URL" in warning
+        assert "geh" not in warning
+    both = exposed_passwords({"smtp_url": "smtp://app:geheim@mail", "database_url": exposed[0]})
+    assert [warning.partition(":")[0] for warning in both] == ["--database-url", "--smtp-url"]
     for url in ("postgresql://app@db/d", "postgresql://app:@db/d", "", "not a url"):
-        assert exposed_passwords({"database_url": url}) is None
+        assert exposed_passwords({"database_url": url}) == []
+    for url in ("smtp://mail", "smtp://app@mail", "smtp://app:@mail", "", "not a url", "smtp://[::1"):
+        assert exposed_passwords({"smtp_url": url}) == []
+    assert exposed_passwords({}) == []
 
 
 def test_secrets_are_in_no_representation(monkeypatch: pytest.MonkeyPatch) -> None:
     """Settings can be logged whole."""
     ring = Keyring([new_key()])
     monkeypatch.setenv("ONETIME_DATABASE_URL", "postgresql://app:geheim@db/d")
+    monkeypatch.setenv("ONETIME_SMTP_URL", "smtp://app:geheim@mail")
+    monkeypatch.setenv("ONETIME_MAIL_FROM", "no-reply@example.com")
     monkeypatch.setenv("ONETIME_KEYS", ring.format())
     settings = load({}, require=("database_url", "keys"))
     assert settings.database_url == "postgresql://app:geheim@db/d"
-    for text in (repr(settings), str(settings)):
+    assert settings.smtp_url == "smtp://app:geheim@mail"
+    server = parse_smtp_url(settings.smtp_url)
+    assert server.password == "geheim"
+    for text in (repr(settings), str(settings), repr(server), str(server)):
         assert "geheim" not in text
         assert ring.format().split()[1] not in text
 
@@ -394,6 +422,226 @@ def test_receipts_outlive_the_retries_that_callers_were_promised() -> None:
 def test_a_probability_is_one(value: str) -> None:
     """What is no probability is refused, NaN too."""
     assert "a number from 0 to 1 is right" in problems_of({"cleanup_probability": value})
+
+
+# Mail
+
+MAIL: Final = {"host": "mail.example", "port": 587, "tls": "starttls", "user": None, "password": None, "ca": None}
+MAIL_DEFAULTS: Final = {**MAIL, "timeout": timedelta(seconds=10), "connections": 4}
+
+
+@pytest.mark.parametrize(
+    ("url", "parts"),
+    [
+        ("smtp://mail.example", {}),
+        ("SMTP://Mail.Example/", {}),
+        ("smtp://mail.example:", {}),
+        ("smtps://mail.example", {"port": 465, "tls": "implicit"}),
+        ("smtps://mail.example:2465", {"port": 2465, "tls": "implicit"}),
+        ("smtp://mail.example?tls=starttls", {}),
+        ("smtp://mail.example?tls=none", {"port": 25, "tls": "none"}),
+        ("smtp://mail.example:65535?tls=none", {"port": 65535, "tls": "none"}),
+        # Nobody else reads what goes over loopback.
+        ("smtp://localhost", {"host": "localhost", "port": 25, "tls": "none"}),
+        ("smtp://127.8.8.8:1025", {"host": "127.8.8.8", "port": 1025, "tls": "none"}),
+        ("smtp://[::1]:1025", {"host": "::1", "port": 1025, "tls": "none"}),
+        ("smtp://localhost?tls=starttls", {"host": "localhost"}),
+        ("smtp://localhost?ca=ca.pem", {"host": "localhost", "ca": Path("ca.pem")}),
+        ("smtps://localhost", {"host": "localhost", "port": 465, "tls": "implicit"}),
+        ("smtp://a:b@localhost", {"host": "localhost", "port": 25, "tls": "none", "user": "a", "password": "b"}),
+        ("smtp://[2001:DB8::1]", {"host": "2001:db8::1"}),
+        ("smtps://[2001:db8::1]:2465", {"host": "2001:db8::1", "port": 2465, "tls": "implicit"}),
+        ("smtp://10.0.0.1", {"host": "10.0.0.1"}),
+        ("smtp://app:geheim@mail.example", {"user": "app", "password": "geheim"}),
+        ("smtp://app%40example.org:p%2F%3F%23%40%25%3A+;&=%C3%A4@mail.example", {
+            "user": "app@example.org", "password": "p/?#@%:+;&=\u00e4",
+        }),
+        ("smtp://mail.example?timeout=2.5s&connections=100", {"timeout": timedelta(seconds=2.5), "connections": 100}),
+        ("smtp://mail.example?timeout=100ms", {"timeout": timedelta(seconds=0.1)}),
+        ("smtp://mail.example?timeout=1m&connections=1", {"timeout": timedelta(minutes=1), "connections": 1}),
+        ("smtp://mail.example?ca=/etc/a+b%20c%26.pem", {"ca": Path("/etc/a+b c&.pem")}),
+        ("smtps://mail.example?ca=ca.pem", {"port": 465, "tls": "implicit", "ca": Path("ca.pem")}),
+    ],
+)  # fmt: skip
+def test_parse_smtp_url(url: str, parts: dict[str, object]) -> None:
+    """Scheme and `tls` say which TLS is demanded, and that the port; what is encoded in a password is decoded once."""
+    assert dataclasses.asdict(parse_smtp_url(url)) == {**MAIL_DEFAULTS, **parts}
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "geheim",
+        "geheim.example:25",
+        "http://geheim.example",
+        "smtp:geheim.example",
+        "smtp://",
+        "smtp://:25",
+        "smtp://app:geheim@",
+        "smtp://...",
+        "smtp://geheim example",
+        "smtp://geheim;example",
+        "smtp://geh\u00e4im.example",
+        "smtp://geheim\u2100.example",
+        "smtp://geh\neim.example",
+        "smtp://app:geh\neim@mail.example",
+        "smtp://app:geh\teim@mail.example",
+        "smtp://mail.example:geheim",
+        "smtp://mail.example:0",
+        "smtp://mail.example:65536",
+        "smtp://mail.example:-1",
+        "smtp://mail.example:\u0662\u0665",
+        "smtp://::1",
+        "smtp://[::1",
+        "smtp://[geheim]",
+        "smtp://[1:2:3]",
+        "smtp://[::1%25geheim]",
+        "smtp://mail.example/geheim",
+        "smtp://mail.example#geheim",
+        # A password that is not encoded.
+        "smtp://app:ge/heim@mail.example",
+        "smtp://app:ge?heim@mail.example",
+        "smtp://app:ge#heim@mail.example",
+        "smtp://app:heim\u2100@mail.example",
+        "smtp://app:%ffgeheim@mail.example",
+        "smtp://app:1/geheim@mail.example",
+        # Of user and password only one; a password in plain text.
+        "smtp://geheim@mail.example",
+        "smtp://geheim:@mail.example",
+        "smtp://:geheim@mail.example",
+        "smtp://app:geheim@mail.example?tls=none",
+        "smtp://app:geheim@mail.example:25?tls=none",
+        # Parameters.
+        "smtp://mail.example?geheim",
+        "smtp://mail.example?geheim=1",
+        "smtp://mail.example?timeout=5s&geheim=1",
+        "smtp://mail.example?TLS=none",
+        "smtp://mail.example?tls=geheim",
+        "smtp://mail.example?tls=",
+        "smtp://mail.example?tls=implicit",
+        "smtps://mail.example?tls=none",
+        "smtps://mail.example?tls=starttls",
+        "smtp://mail.example?tls=starttls&tls=none",
+        "smtp://mail.example?tls=none&tls=none",
+        "smtp://mail.example?timeout=5s&timeout=geheim",
+        "smtp://mail.example?timeout=geheim",
+        "smtp://mail.example?timeout=",
+        "smtp://mail.example?timeout=0",
+        "smtp://mail.example?timeout=99ms",
+        "smtp://mail.example?timeout=61s",
+        "smtp://mail.example?connections=",
+        "smtp://mail.example?connections=0",
+        "smtp://mail.example?connections=101",
+        "smtp://mail.example?connections=-1",
+        "smtp://mail.example?connections=4.0",
+        "smtp://mail.example?connections=\u0664",
+        "smtp://mail.example?ca=",
+        "smtp://mail.example?ca=geheim&tls=none",
+        "smtp://mail.example?ca=%ffgeheim",
+    ],
+)
+def test_parse_smtp_url_refuses(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is no such URL, or contradicts itself, is refused, and nothing of it is shown: all may be a password."""
+    with pytest.raises(ValueError, match=r"(is|are) right") as caught:
+        parse_smtp_url(url)
+    shown = "".join(traceback.format_exception(caught.value, chain=True))
+    if url:
+        monkeypatch.setenv("ONETIME_SMTP_URL", url)
+        told = problems_of({})
+        assert told.count("\n") == 1
+        assert f"  ONETIME_SMTP_URL: {caught.value}" in told
+        shown += told
+    assert "heim" not in shown
+    assert "geh" not in shown
+
+
+@pytest.mark.parametrize(
+    ("host", "own"),
+    [
+        ("localhost", True),
+        ("127.0.0.1", True),
+        ("127.255.255.254", True),
+        ("::1", True),
+        ("0.0.0.0", False),  # noqa: S104 - refused
+        ("::", False),
+        ("10.0.0.1", False),
+        ("localhost.example", False),
+        ("127.0.0.1.example", False),
+        ("", False),
+    ],
+)
+def test_what_is_loopback(host: str, own: bool) -> None:  # noqa: FBT001 - a table's column
+    """This machine alone: only there passwords and codes may travel in plain text."""
+    assert is_loopback(host) is own
+
+
+def test_mails_come_from_an_address_that_mail_servers_take() -> None:
+    """One mailbox, its domain in ASCII; the default one only where the mail server is on this machine."""
+    assert load({"mail_from": " No-Reply@Ex\u00e4mple.com "}).mail_from == "No-Reply@xn--exmple-cua.com"
+    assert load({"smtp_url": "smtp://localhost"}).mail_from == "no-reply@localhost"
+    told = problems_of({"smtp_url": "smtp://mail.example"})
+    assert "  mail_from (default): no mail server takes mail from there" in told
+    for address in ("ada@localhost", "ada@LOCALHOST ", "ada@localhost\n"):
+        assert "--mail-from" in problems_of({"smtp_url": "smtps://mail.example", "mail_from": address})
+    settings = load({"smtp_url": "smtps://mail.example", "mail_from": "ada@example.org"})
+    assert settings.mail_from == "ada@example.org"
+    for address in (
+        "",
+        "ada",
+        "Ada <ada@example.org>",
+        "a@b.c,d@e.f",
+        "a@b.c\r\nBcc: d@e.f",
+        "p\u0430ypal@example.org",
+    ):
+        assert "--mail-from" in problems_of({"mail_from": address})
+    # A mail server that is wrong itself is told once.
+    assert problems_of({"smtp_url": "smtp://"}).count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        " ",
+        "\t",
+        "a" * 65,
+        "A\nBcc: eve@example.net",
+        "A\ra",
+        "Ada\0",
+        "A\x7f",
+        "A\u202ecme",
+        "A\u200bcme",
+        "\u2028",
+    ],
+)
+def test_what_is_no_name_of_a_product(name: str) -> None:
+    """It stands in headers and subjects: 1 to 64 printable characters, nothing that breaks a line or turns it."""
+    assert "1 to 64 printable characters is right" in problems_of({"mail_product": name})
+
+
+def test_name_of_a_product() -> None:
+    """Any script, quotes too; what surrounds it is trimmed."""
+    for name in ("Acme", "a" * 64, "Fl\u00fcge & \u201cS\u00f6hne\u201d", "\u65e5\u672c\u8a9e", 'a "b" \\ <c>'):
+        assert load({"mail_product": f" {name} "}).mail_product == name
+
+
+@pytest.mark.parametrize("locale", ["en", "de", "pt-BR", "pt_BR", "zh-Hant-TW"])
+def test_language_of_mails(locale: str) -> None:
+    """A language's tag, also as POSIX writes it; whether there is a template for it is told at the start."""
+    assert load({"mail_locale": locale}).mail_locale == locale
+
+
+@pytest.mark.parametrize("locale", ["", "e", "en-", "../en", "en\n", "en/../de", "a" * 36])
+def test_what_is_no_language_of_mails(locale: str) -> None:
+    """Nothing that could name a file elsewhere."""
+    assert "--mail-locale" in problems_of({"mail_locale": locale})
+
+
+@pytest.mark.parametrize("tries", ["0", "101", "true", "1.5"])
+def test_what_is_no_number_of_tries(tries: str) -> None:
+    """A mail is tried once at least, and not for ever."""
+    assert "--mail-tries" in problems_of({"mail_tries": tries})
 
 
 # Durations

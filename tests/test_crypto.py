@@ -28,6 +28,7 @@ from service.crypto import (
     chance,
     equal,
     is_slow,
+    jittered,
     new_code,
     new_email_token,
     new_key,
@@ -105,6 +106,17 @@ def test_one_key_has_a_key_for_each_purpose() -> None:
     derived = [KEY.link, KEY.code, KEY.email_token, KEY.email_code, KEY.fingerprint, KEY.secret]
     assert len(set(derived)) == len(derived)
     assert all(len(each) == 32 for each in derived)
+
+
+def test_what_is_sealed_for_one_purpose_is_nothing_in_another() -> None:
+    """Answers kept for retries and addresses of mails have keys of their own: neither opens as the other."""
+    content = b"ada@example.org"
+    nonce = bytes(12)
+    assert KEY.answer.encrypt(nonce, content, b"") != KEY.address.encrypt(nonce, content, b"")
+    with pytest.raises(KeyError):
+        RING.open_address(RING.seal_answer(content, place=str(ROW)), row_id=ROW)
+    with pytest.raises(KeyError):
+        RING.open_answer(RING.seal_address("ada@example.org", row_id=ROW), place=str(ROW))
 
 
 @pytest.mark.parametrize("show", [repr, str, "{}".format, "{!r:>99}".format])
@@ -221,6 +233,16 @@ def test_chance() -> None:
     assert not any(chance(0) for _ in range(1000))
     assert all(chance(1) for _ in range(1000))
     assert 300 < sum(chance(0.5) for _ in range(1000)) < 700
+
+
+def test_jitter_is_a_quarter_at_most() -> None:
+    """Waits are up to a quarter shorter or longer, about the same on average, and differ from one another."""
+    made = [jittered(8.0) for _ in range(2000)]
+    assert 6 <= min(made) < 6.2
+    assert 9.8 < max(made) <= 10
+    assert 7.85 < sum(made) / len(made) < 8.15
+    assert len(set(made)) > 1900
+    assert jittered(0) == 0
 
 
 def test_equal() -> None:
@@ -540,3 +562,45 @@ def test_kept_answer_is_not_to_be_read_or_changed() -> None:
     for ring in (Keyring([OTHER]), Keyring([SAME_ID])):
         with pytest.raises(KeyError):
             ring.open_answer(sealed, place="here")
+
+
+# Addresses in the outbox
+
+
+@PROPERTY
+@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=40), uuids, uuids, rings)
+def test_sealed_address_opens_in_its_row_only(address: str, row: uuid.UUID, other: uuid.UUID, ring: Keyring) -> None:
+    """A sealed address opens for the verification that it was sealed for, and for no other; it names its key."""
+    sealed = ring.seal_address(address, row_id=row)
+    assert ring.open_address(sealed, row_id=row) == address
+    assert sealed.partition(b".")[0] == ring.keys[0].id.encode()
+    if other != row:
+        with pytest.raises(KeyError):
+            ring.open_address(sealed, row_id=other)
+
+
+def test_sealed_address_is_not_to_be_read_or_changed() -> None:
+    """What is sealed holds nothing in clear, differs each time, and opens neither changed nor cut short."""
+    address = "ada@example.org"
+    sealed, again = (RING.seal_address(address, row_id=ROW) for _ in range(2))
+    assert sealed != again
+    assert b"ada" not in sealed
+    assert b"example" not in sealed
+    damaged = [sealed[:place] + bytes([sealed[place] ^ 1]) + sealed[place + 1 :] for place in range(len(sealed))]
+    damaged += [sealed[:length] for length in range(len(sealed))]
+    damaged += [sealed + b"\0", b"\xff\xfe." + sealed, b"." + sealed, sealed.replace(b"k1.", b"k2."), b"k1."]
+    for value in damaged:
+        for ring in (RING, Keyring([OTHER, KEY])):
+            with pytest.raises(KeyError):
+                ring.open_address(value, row_id=ROW)
+
+
+def test_address_sealed_under_an_old_key_is_opened() -> None:
+    """Behind a new key that seals, the old one opens what it sealed; once it is retired, nothing does."""
+    sealed = RING.seal_address("ada@example.org", row_id=ROW)
+    ring = Keyring([OTHER, KEY])
+    assert ring.open_address(sealed, row_id=ROW) == "ada@example.org"
+    assert ring.seal_address("ada@example.org", row_id=ROW).startswith(b"k2.")
+    for retired in (Keyring([OTHER]), Keyring([SAME_ID])):
+        with pytest.raises(KeyError):
+            retired.open_address(sealed, row_id=ROW)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import uuid
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final
@@ -17,6 +18,7 @@ from calls import (
     connected,
     contents,
     expire,
+    mail_row,
     moment,
     new_id,
     open_channel,
@@ -49,7 +51,7 @@ from onetime.v1.email_verification_pb2 import (
     VerifyCodeRequest,
 )
 
-from service.crypto import new_key
+from service.crypto import Keyring, new_key
 
 AT_REST: Final = r"ev1\.[a-z0-9]{1,16}\.[0-9a-f]{128}"
 
@@ -363,13 +365,10 @@ async def test_resending_gives_the_same_code_and_nothing_more(client: Client, da
     assert (await client.verify(started)).state == STATE_USED
 
 
-@pytest.mark.parametrize("what", ["caller = 'somebody-else'", "delivery = 'send_email'"])
-async def test_whoever_merely_holds_the_token_never_gets_the_code(
-    client: Client, database: Database, what: str
-) -> None:
-    """To a caller that did not start it with return_code, a resend gives no code."""
+async def test_whoever_merely_holds_the_token_never_gets_the_code(client: Client, database: Database) -> None:
+    """To a caller that did not start it, a resend gives no code."""
     started = await client.start()
-    change_state(database, started, what)
+    change_state(database, started, "caller = 'somebody-else'")
     resent = await client.resend(started)
     assert resent.code == ""
     assert resent.verification == started.verification
@@ -504,6 +503,223 @@ async def test_nothing_is_mailed_without_a_mail_server(client: Client, database:
     assert contents(database) == before
 
 
+async def test_mail_of_another_replica_is_not_sent_again_without_a_mail_server(
+    client: Client, database: Database
+) -> None:
+    """Where a replica has no mail server, ResendCode is MAIL_NOT_CONFIGURED there, and nothing is written."""
+    started = await client.start()
+    change_state(database, started, "delivery = 'send_email'")
+    before = contents(database)
+    assert await reason(client.resend(started, request_id=new_id())) == "MAIL_NOT_CONFIGURED"
+    assert contents(database) == before
+
+
+@dataclass(frozen=True, slots=True)
+class Mailing:
+    """A server whose mail server is not there: what it is to send stays in the outbox."""
+
+    client: Client
+    database: Database
+    """Its own: the courier changes rows at any time."""
+    ring: Keyring
+
+    def code(self, started: pb.StartEmailVerificationResponse) -> str:
+        """Return the code of a verification, which no answer has."""
+        row = verification_row(self.database, started)
+        return self.ring.unseal_code(
+            row["code"], row_id=row["id"], user_id=row["user_id"], token_hash=row["email_verification_token"]
+        )
+
+    async def ended(self, started: pb.StartEmailVerificationResponse) -> None:
+        """Wait until the address of a verification is forgotten, and see that no mail follows."""
+        await until(lambda: mail_row(self.database, started)["sealed_address"] is None)
+        row = mail_row(self.database, started)
+        assert (row["state"], row["failure"], row["due_at"]) == ("failed", "verification_over", None)
+
+
+@pytest.fixture(scope="module")
+def mailing_server(
+    postgres_18: PostgresServer, template_url: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[str, str, Keyring]]:
+    """The target, the database and the keys of one such server for all tests."""
+    folder = tmp_path_factory.mktemp("mailing")
+    with (
+        postgres_18.database(template_url) as url,
+        serving(url, folder, smtp_url="smtp://127.0.0.1:1?timeout=1s") as target,
+    ):
+        yield target, url, Keyring.parse((folder / "keys").read_text("ascii"))
+
+
+@pytest.fixture
+async def mailing(mailing_server: tuple[str, str, Keyring]) -> AsyncIterator[Mailing]:
+    """That server."""
+    target, url, ring = mailing_server
+    async with open_channel(target) as channel:
+        with connected(url) as database:
+            yield Mailing(Client(channel), database, ring)
+
+
+async def test_mail_is_queued_with_the_verification(mailing: Mailing) -> None:
+    """The answer tells that a mail is queued, and has no code; the row has the address sealed, and no code either."""
+    started = await mailing.client.start_by_mail(email="Ada@Ex\u00e4mple.com", locale="pt-BR")
+    assert started.code == ""
+    assert re.fullmatch("[A-Za-z0-9_-]{128}", started.email_verification_token)
+    verification = started.verification
+    assert (verification.state, verification.code_sent) == (STATE_PENDING, False)
+    assert (verification.delivery_state, verification.delivery_failure) == (
+        pb.DELIVERY_STATE_QUEUED,
+        pb.DELIVERY_FAILURE_UNSPECIFIED,
+    )
+    row = mail_row(mailing.database, started)
+    assert (row["state"], row["locale"]) == ("queued", "pt-BR")
+    sealed = row["sealed_address"]
+    assert mailing.ring.open_address(sealed, row_id=row["verification_id"]) == "Ada@xn--exmple-cua.com"
+    assert b"exmple" not in sealed
+    code = mailing.code(started)
+    assert code not in str(row)
+    # While its mail server is not there, it stays queued, and Get tells why.
+    await until(lambda: mail_row(mailing.database, started)["failure"] is not None)
+    got = await mailing.client.get(started)
+    assert got.delivery_failure == pb.DELIVERY_FAILURE_UNREACHABLE
+    assert (got.state, got.delivery_state, got.code_sent) == (STATE_PENDING, pb.DELIVERY_STATE_QUEUED, False)
+    assert await by_token(mailing.client, started) == got
+    assert (await mailing.client.verify(started, code)).state == STATE_USED
+
+
+async def test_nothing_is_told_of_mails_where_the_caller_mails(client: Client, mailing: Mailing) -> None:
+    """With return_code, delivery_state and delivery_failure are unspecified in every answer, and no mail is queued."""
+    for each in (client, mailing.client):
+        started, cancelled = await each.start(), await each.start()
+        assert started.code
+        answers = [started.verification, (await each.resend(started)).verification, await each.mark_sent(started)]
+        answers += [await each.get(started), await by_token(each, started), await each.verify(started)]
+        answers += [await each.cancel(cancelled), await each.get(started)]
+        for verification in answers:
+            assert verification.delivery_state == pb.DELIVERY_STATE_UNSPECIFIED
+            assert verification.delivery_failure == pb.DELIVERY_FAILURE_UNSPECIFIED
+        ids = [started.verification.id, cancelled.verification.id]
+        query = "select from onetime.outbox where verification_id = any (%s::uuid[])"
+        assert mailing.database.execute(query, [ids]).rowcount == 0
+
+
+async def test_mail_is_sent_again(mailing: Mailing) -> None:
+    """ResendCode queues another mail with the same code in place of the one before, and gives the code to nobody."""
+    started = await mailing.client.start_by_mail()
+    code, before = mailing.code(started), mail_row(mailing.database, started)
+    request_id = new_id()
+    resent = await mailing.client.resend(started, request_id=request_id)
+    assert resent.code == ""
+    assert resent.verification.delivery_state == pb.DELIVERY_STATE_QUEUED
+    assert resent.verification.expire_time == started.verification.expire_time
+    again = mail_row(mailing.database, started)
+    assert again["message_id"] != before["message_id"]
+    assert again["sealed_address"] == before["sealed_address"]
+    assert again["queued_at"] > before["queued_at"]
+    assert mailing.code(started) == code
+    # A retry of that call queues none.
+    assert (await mailing.client.resend(started, request_id=request_id)).code == ""
+    assert mail_row(mailing.database, started)["message_id"] == again["message_id"]
+
+
+async def test_retried_start_queues_one_mail(mailing: Mailing) -> None:
+    """A retry gets a fresh token for the same verification; the mail, its code and its address stay as they are."""
+    user, request_id = new_id(), new_id()
+    first = await mailing.client.start_by_mail(user, request_id=request_id)
+    code, mail = mailing.code(first), mail_row(mailing.database, first)
+    second = await mailing.client.start_by_mail(user, request_id=request_id)
+    assert second.code == ""
+    assert second.verification.id == first.verification.id
+    assert second.verification.delivery_state == pb.DELIVERY_STATE_QUEUED
+    assert second.email_verification_token != first.email_verification_token
+    assert mail_row(mailing.database, second)["message_id"] == mail["message_id"]
+    assert mailing.code(second) == code
+    (budget,) = mailing.database.execute("select sends from onetime.budgets where user_id = %s", [user]).fetchall()
+    assert len(budget["sends"]) == 1
+    assert await reason(mailing.client.verify(first, code)) == "TOKEN_NOT_FOUND"
+    assert (await mailing.client.verify(second, code)).state == STATE_USED
+    other = mailing.client.start_by_mail(user, email="eve@example.org", request_id=request_id)
+    assert await reason(other) == "REQUEST_ID_REUSED"
+
+
+@pytest.mark.parametrize("end", ["used", "cancelled", "expired", "locked", "deleted by the host"])
+async def test_address_is_forgotten_when_a_verification_is_over(mailing: Mailing, end: str) -> None:
+    """Nothing is mailed for a verification that is over, and its address is not kept: at once where a call ends it."""
+    client, database = mailing.client, mailing.database
+    started = await client.start_by_mail()
+    code = mailing.code(started)
+    told = None
+    if end in ("used", "cancelled"):
+        told = await (client.verify(started, code) if end == "used" else client.cancel(started))
+        assert mail_row(database, started)["sealed_address"] is None
+    elif end == "expired":
+        expire(database, started)
+    elif end == "locked":
+        for _ in range(5):
+            assert await reason(client.verify(started, wrong(code))) == "CODE_MISMATCH"
+    else:
+        database.execute("delete from public.email_verification_tokens where id = %s", [started.verification.id])
+    await mailing.ended(started)
+    if end == "deleted by the host":
+        assert await reason(client.get(started)) == "TOKEN_NOT_FOUND"
+        return
+    verification = await client.get(started)
+    assert verification.code_sent is False
+    assert (verification.delivery_state, verification.delivery_failure) == (
+        pb.DELIVERY_STATE_FAILED,
+        pb.DELIVERY_FAILURE_VERIFICATION_OVER,
+    )
+    assert told in (None, verification)
+    assert await reason(client.resend(started)) in (
+        "TOKEN_USED",
+        "TOKEN_CANCELLED",
+        "TOKEN_EXPIRED",
+        "ATTEMPTS_EXHAUSTED",
+    )
+    assert mail_row(database, started)["sealed_address"] is None
+
+
+async def test_service_says_itself_what_it_has_mailed(mailing: Mailing) -> None:
+    """MarkCodeSent is for callers that mail the code themselves: of others' mails it is INVALID_REQUEST."""
+    started = await mailing.client.start_by_mail()
+    refusal = await refused(mailing.client.mark_sent(started))
+    assert (refusal.reason, set(refusal.violations)) == ("INVALID_REQUEST", {"id"})
+    assert verification_row(mailing.database, started)["code_sent"] is False
+
+
+async def test_mails_count_as_sends(mailing: Mailing) -> None:
+    """Starts and resends by mail are held to the same limits as any, and one too many queues nothing."""
+    user = new_id()
+    started = await mailing.client.start_by_mail(user)
+    for _ in range(4):
+        await mailing.client.resend(started)
+    mail = mail_row(mailing.database, started)
+    assert await reason(mailing.client.resend(started)) == "TOO_MANY_SENDS"
+    assert await reason(mailing.client.start_by_mail(user)) == "TOO_MANY_SENDS"
+    assert mail_row(mailing.database, started)["message_id"] == mail["message_id"]
+    query = (
+        "select from onetime.outbox as o join public.email_verification_tokens as t on t.id = o.verification_id"
+        " where t.user_id = %s"
+    )
+    assert mailing.database.execute(query, [user]).rowcount == 1
+
+
+async def test_no_refusal_repeats_an_address(mailing: Mailing) -> None:
+    """Every wrong field is told at once, and no text has the address, or a part of it."""
+    for email in (
+        "geheim@geheim@example.org",
+        "geheim@geheim..org",
+        "geh\u0435im@example.org",
+        "geheim\r\n@example.org",
+    ):
+        request = StartEmailVerificationRequest(
+            user_id="?", send_email=SendEmail(email=email, locale="geheim geheim"), ttl=Duration(), request_id="?"
+        )
+        refusal = await refused(mailing.client.verifications.StartEmailVerification(request))
+        assert set(refusal.violations) == {"user_id", "send_email.email", "send_email.locale", "ttl", "request_id"}
+        assert "geh" not in str(refusal)
+        assert "example.org" not in str(refusal)
+
+
 # Malformed requests
 
 USER: Final = "0b0e3d0e-8a5c-4f5e-9d0a-6a3f6a2b1c0d"
@@ -543,7 +759,27 @@ BAD_TTLS: Final = (
     Duration(seconds=5, nanos=-1),
     Duration(seconds=-5, nanos=1),
 )
-BAD_EMAILS: Final = ("", " ", "a" * 321, "ada\0@example.org", "ada\uff20example.org", "a@b.c\r\nBcc: eve@example.net")
+BAD_EMAILS: Final = (
+    "",
+    " ",
+    "ada",
+    "a" * 321,
+    "a" * 65 + "@example.org",
+    "ada\0@example.org",
+    "ada\uff20example.org",
+    "a@b.c\r\nBcc: eve@example.net",
+    "ada@example.org,eve@example.net",
+    '"eve@example.net"@example.org',
+    "ada@eve@example.org",
+    "Ada <ada@example.org>",
+    "ada@[127.0.0.1]",
+    "ada@127.0.0.1",
+    "ada@example.org.",
+    "\u017fteve@example.org",
+    "ad\u0430@example.org",
+    "ada@xn--80ak6aa92e.com",
+    "a\u202eda@example.org",
+)
 BAD_LOCALES: Final = ("e", "en_GB", "en\n", "a" * 36, "../en")
 
 

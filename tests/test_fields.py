@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from service.errors import InvalidRequest
-from service.fields import Fields
+from service.fields import Fields, mailbox
 
 # No deadline: a machine may be busy. No database of examples: what was found goes into a test.
 PROPERTY: Final = settings(deadline=None, database=None, max_examples=200, suppress_health_check=[HealthCheck.too_slow])
@@ -168,6 +168,291 @@ def test_refused_with_control_characters(value: str) -> None:
 def test_length_is_that_of_the_normal_form(value: str, accepted: bool) -> None:  # noqa: FBT001 - a table's column
     """1 to 320 characters, counted where they are stored."""
     assert (normal_form(value) is not None) is accepted
+
+
+def test_many_marks_cost_nothing() -> None:
+    """To order combining marks takes a time that grows with their square: what is far too long is refused unread."""
+    for value in ("a" + "\u0315\u0300" * 15_000, "e" + "\u0301" * 1280):
+        fields = Fields()
+        fields.address("address", value)
+        assert fields.violations == {"address": "an address of 1 to 320 characters is right"}
+        with pytest.raises(ValueError, match="320 characters"):
+            mailbox(f"{value}@example.org")
+
+
+# Addresses that mail is sent to
+
+LABEL: Final = "b" * 63
+DOMAIN_189: Final = f"{'b' * 61}.{LABEL}.{LABEL}"
+
+
+@pytest.mark.parametrize(
+    ("value", "sent_to"),
+    [
+        ("ada@example.org", "ada@example.org"),
+        ("Ada.Lovelace@Example.ORG", "Ada.Lovelace@example.org"),
+        (" \u3000ada@example.org\r\n", "ada@example.org"),
+        ("ada+code@example.org", "ada+code@example.org"),
+        ("o'neil_{x}|~-@example.org", "o'neil_{x}|~-@example.org"),
+        ("-ada@example.org", "-ada@example.org"),
+        # Figures alone are a name too.
+        ("12345@qq.com", "12345@qq.com"),
+        ("ada@163.com", "ada@163.com"),
+        # Hosts of one's own network.
+        ("ada@localhost", "ada@localhost"),
+        ("ada@mail.local", "ada@mail.local"),
+        ("ada@mail.test", "ada@mail.test"),
+        ("ada@mail.internal", "ada@mail.internal"),
+        ("ada@1und1.de", "ada@1und1.de"),
+        # Domains of other scripts, in both forms; the part before the @ stays as it is.
+        ("Ada@Ex\u00e4mple.com", "Ada@xn--exmple-cua.com"),
+        ("Ada@Exa\u0308mple.com", "Ada@xn--exmple-cua.com"),
+        ("Ada@XN--EXMPLE-CUA.com", "Ada@xn--exmple-cua.com"),
+        ("ada@fa\u00df.de", "ada@xn--fa-hia.de"),
+        ("ADA@example\u3002org", "ADA@example.org"),
+        ("\u00c9mile@example.org", "\u00c9mile@example.org"),
+        ("E\u0301mile@example.org", "\u00c9mile@example.org"),
+        ("\u0130van@example.org", "\u0130van@example.org"),
+        # By canonical equivalence, the Kelvin sign is the letter K.
+        ("\u212aate@example.org", "Kate@example.org"),
+        ("xn--80ak6aa92e@example.org", "xn--80ak6aa92e@example.org"),
+        # Limits.
+        ("a" * 64 + "@example.org", "a" * 64 + "@example.org"),
+        ("\u00e4" * 32 + "@example.org", "\u00e4" * 32 + "@example.org"),
+        ("a@" + LABEL + ".org", "a@" + LABEL + ".org"),
+        ("a" * 64 + "@" + DOMAIN_189, "a" * 64 + "@" + DOMAIN_189),
+    ],
+)
+def test_mailbox(value: str, sent_to: str) -> None:
+    """The domain is sent to in ASCII and small letters, and whatever stands before the @ is left as it is."""
+    assert mailbox(value) == sent_to
+    fields = Fields()
+    assert fields.mailbox("email", value) == sent_to
+    fields.done()
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        pytest.param("\u0438\u0432\u0430\u043d@example.com", id="Cyrillic before the @"),
+        pytest.param("ada@\u043f\u0440\u0438\u043c\u0435\u0440.\u0440\u0444", id="Cyrillic domain"),
+        pytest.param("ada@\u043f\u0440\u0430\u0432\u0434\u0430.com", id="Cyrillic, with letters that are not Latin"),
+        pytest.param("ada@\u0430\u0440\u0440\u04cf\u0435.\u0440\u0444", id="under a domain of its own script"),
+        pytest.param("ada@\u03b5\u03bb\u03bb\u03ac\u03b4\u03b1.gr", id="Greek"),
+        pytest.param("ada@\u0570\u0561\u0575\u0561\u057d\u057f\u0561\u0576.am", id="Armenian"),
+        pytest.param("\u5c71\u7530taro@example.jp", id="Japanese with Latin"),
+        pytest.param("\u4f50\u3005\u6728@example.jp", id="Japanese, an iteration mark"),
+        pytest.param("ada@\u30e6\u30fc\u30b6\u30fc\u306e\u65e5.jp", id="Japanese, three scripts and a long vowel"),
+        pytest.param("ada@\u4e2d\u6587abc.cn", id="Chinese with Latin"),
+        pytest.param("ada@\u3105\u5b57a.tw", id="Bopomofo"),
+        pytest.param("ada@\ud55c\uad6dabc.kr", id="Korean with Latin"),
+        pytest.param("ada@\u0939\u093f\u0928\u094d\u0926\u0940.com", id="Devanagari, with its marks"),
+        pytest.param("\u0645\u062d\u0645\u062f\u0661\u0662@example.com", id="Arabic with its own figures"),
+        pytest.param("\u05e9\u05dc\u05d5\u05dd@example.com", id="Hebrew"),
+        pytest.param("\u0131\u015f\u0131k@example.com", id="Turkish dotless i"),
+    ],
+)
+def test_mailboxes_of_the_world(value: str) -> None:
+    """Words that people really write, in their own scripts, are no look-alikes."""
+    sent_to = mailbox(value)
+    assert sent_to.partition("@")[0] == value.partition("@")[0]
+    assert sent_to.partition("@")[2].isascii()
+    assert mailbox(sent_to) == sent_to
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        pytest.param("", id="nothing"),
+        pytest.param("ada", id="no @"),
+        pytest.param("@example.org", id="nothing before the @"),
+        pytest.param("ada@", id="no domain"),
+        pytest.param("ada@example.org\r\nBcc: eve@example.net", id="CR LF"),
+        pytest.param("ada@example.org\nBcc: eve@example.net", id="LF"),
+        pytest.param("ada\r@example.org", id="CR"),
+        pytest.param("ada\n@example.org", id="LF before the @"),
+        pytest.param("ada@exam\tple.org", id="tab"),
+        pytest.param("ada@example.org,eve@example.net", id="comma list (CVE-2022-35924)"),
+        pytest.param("ada@example.org, eve@example.net", id="comma and space"),
+        pytest.param("ada@example.org;eve@example.net", id="semicolon list"),
+        pytest.param("ada@example.org eve@example.net", id="space list"),
+        pytest.param('"e@attacker.com"@victim.com', id="quoted local part (GHSA-5jpx-9hw9-2fx4)"),
+        pytest.param('"ada"@example.org', id="quoted, without need"),
+        pytest.param("ada\\@eve@example.org", id="quoted pair"),
+        pytest.param("ada@example.org@example.net", id="two @"),
+        pytest.param("ada\uff20evil.org@example.org", id="fullwidth @, a second one under NFKC (CVE-2026-73420)"),
+        pytest.param("ada\uff20example.org", id="fullwidth @, the only one"),
+        pytest.param("ada\ufe6bexample.org", id="small @"),
+        pytest.param("\u017fteve@example.org", id="long s (CVE-2019-19844)"),
+        pytest.param("ada@\u210aoogle.org", id="script g"),
+        pytest.param("ada@example\uff0eorg", id="fullwidth full stop"),
+        pytest.param("ada@example\u2024org", id="one dot leader"),
+        pytest.param("paypa\u217c@example.org", id="small Roman fifty"),
+        pytest.param("Ada <ada@example.org>", id="display name"),
+        pytest.param("<ada@example.org>", id="angle brackets"),
+        pytest.param("mailto:ada@example.org", id="URL"),
+        pytest.param("ada@[127.0.0.1]", id="domain literal"),
+        pytest.param("ada@[IPv6:::1]", id="domain literal of IPv6"),
+        pytest.param("ada@127.0.0.1", id="IPv4 without brackets"),
+        pytest.param("ada@2130706433", id="IPv4 as a number"),
+        pytest.param("ada@0x7f.0x1", id="IPv4 in hexadecimal"),
+        pytest.param("ada@example.org:25", id="port"),
+        pytest.param("ada@example.org?bcc=eve@example.net", id="query"),
+        pytest.param("(ada)ada@example.org", id="comment before the @"),
+        pytest.param("ada@example.org(eve)", id="comment behind the @"),
+        pytest.param("ada@example.org.", id="trailing dot"),
+        pytest.param("ada@.example.org", id="leading dot"),
+        pytest.param("ada@example..org", id="empty label"),
+        pytest.param(".ada@example.org", id="leading dot before the @"),
+        pytest.param("ada.@example.org", id="trailing dot before the @"),
+        pytest.param("a..da@example.org", id="two dots before the @"),
+        pytest.param("ada@-example.org", id="leading hyphen"),
+        pytest.param("ada@example-.org", id="trailing hyphen"),
+        pytest.param("ada@exam_ple.org", id="underscore"),
+        pytest.param("ada@xn--.org", id="empty A-label"),
+        pytest.param("ada@xn--a.org", id="broken A-label"),
+        pytest.param("ada@ab--cd.org", id="reserved label"),
+        pytest.param("a" * 65 + "@example.org", id="65 octets before the @"),
+        pytest.param("\u00e4" * 33 + "@example.org", id="66 octets, 33 characters"),
+        pytest.param("a@" + "b" * 64 + ".org", id="label of 64"),
+        pytest.param("a@" + f"{LABEL}." * 3 + "b" * 62, id="domain of 254"),
+        pytest.param("a" * 64 + "@b" + DOMAIN_189, id="255 in all"),
+        pytest.param("ada@" + "\u00e4" * 60 + ".org", id="label that is too long in ASCII"),
+        pytest.param("evil.com!ada@example.org", id="bang path"),
+        pytest.param("ada%evil.com@example.org", id="percent hack"),
+        pytest.param("=?utf-8?q?ada=40evil.com=3e?=@example.org", id="encoded word"),
+    ],
+)
+def test_no_mailbox(value: str) -> None:
+    """What is none, what is several, and what a later step may take for another one is refused, and not repeated."""
+    fields = Fields()
+    assert fields.mailbox("email", value) == ""
+    (told,) = fields.violations.values()
+    assert told.endswith(" right")
+    with pytest.raises(ValueError, match=r"^(?!.*evil).* right$") as caught:
+        mailbox(value)
+    assert str(caught.value) == told
+    # Pydantic and logs print what an error came from.
+    assert caught.value.__cause__ is None
+    assert caught.value.__suppress_context__ or caught.value.__context__ is None
+
+
+@pytest.mark.parametrize(
+    "character",
+    [
+        *"\x00\x01\x08\x0b\x0c\x1b\x1f\x7f\x80\x85\x9f",
+        *"\u00a0\u2000\u2003\u2007\u2028\u2029\u202f\u205f\u3000",
+        *"\u00ad\u061c\u180e\u200b\u200c\u200d\u200e\u200f\u2060\u2064\ufeff",
+        *"\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069",
+        *"\u034f\u115f\u1160\u17b4\u17b5\u180b\u180f\ufe00\ufe0f\U000e0020\U000e007f\U000e0100\U000e01ef",
+        *"\u2800\u3164\uffa0\ufff9\ufffc\ufffd\ufffe\U0001d173\ue000\U0010ffff\u0378\ud800",
+    ],
+)
+def test_nothing_invisible_is_in_a_mailbox(character: str) -> None:
+    """No control, blank, invisible or turning character, none of private use or unassigned; nor is it left out."""
+    for value in (
+        f"a{character}da@example.org",
+        f"ada@exam{character}ple.org",
+        f"ada{character}@{character}example.org",
+    ):
+        with pytest.raises(ValueError, match="right"):
+            mailbox(value)
+
+
+@pytest.mark.parametrize(
+    ("name", "host"),
+    [
+        pytest.param("p\u0430ypal", "xn--pypal-4ve", id="Cyrillic a in Latin"),
+        pytest.param("g\u03bfogle", "xn--gogle-rce", id="Greek o in Latin"),
+        pytest.param("\u0430\u0440\u0440\u04cf\u0435", "xn--80ak6aa92e", id="apple, all of it Cyrillic"),
+        pytest.param("\u03c1\u03b9\u03bd\u03b1", None, id="piva, all of it Greek"),
+        pytest.param("\u0585\u0585\u0578\u057d", None, id="all of it Armenian"),
+        pytest.param("o\u0585o", None, id="Armenian o in Latin"),
+        pytest.param("\u0430\u03bf", None, id="Cyrillic and Greek"),
+        pytest.param("\u13a0\u13a1\u13a2", None, id="DRT, all of it Cherokee"),
+        pytest.param("\ua4d0\ua4e2", None, id="BS, all of it Lisu"),
+        pytest.param("\u0430\u0430-2024", None, id="with figures and a hyphen"),
+        pytest.param("g\u0966\u0966gle", "xn--ggle-qkja", id="Devanagari noughts in Latin"),
+        pytest.param("\u0261oogle", None, id="phonetic g"),
+        pytest.param("\u0251pple", None, id="phonetic a"),
+        pytest.param("g\u1d0f\u1d0fgle", None, id="small capitals"),
+        pytest.param("i\u0307nfo", None, id="a dot on an i"),
+        pytest.param("l\u0307nfo", None, id="a dot on an l"),
+        pytest.param("\u0131\u0307nfo", None, id="a dot on a dotless i"),
+        pytest.param("o\u02bcneil", None, id="modifier letter apostrophe"),
+        pytest.param("\u3042\ud55c", None, id="Japanese and Korean"),
+    ],
+)
+def test_look_alikes_are_refused(name: str, host: str | None) -> None:
+    """Before and behind the @, in clear and in ASCII: the code would go to somebody else than everybody reads."""
+    addresses = [f"{name}@example.com", f"ada@{name}.com", f"ada@mail.{name}.com", f"ada@{name.upper()}.com"]
+    addresses += [f"ada@{host}.com", f"ada@{host.upper()}.com"] if host else []
+    for address in addresses:
+        with pytest.raises(ValueError, match="mixes scripts or looks like one in Latin letters"):
+            mailbox(address)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        pytest.param("\u0422\u041e\u041c@example.com", id="TOM, in Cyrillic capitals"),
+        pytest.param("\u0391\u039d\u039d\u0391@example.com", id="ANNA, in Greek capitals"),
+        pytest.param("\u0422\u043e\u0440@example.com", id="Top, in Cyrillic"),
+        pytest.param("ada@google.\u0441\u043e", id="a last label that deceives"),
+        pytest.param("ada@\u0430\u0440\u0440\u04cf\u0435.\u0441\u043e", id="a domain all of which deceives"),
+        pytest.param("ada@xn--80ak6aa92e.xn--n1af", id="the same in ASCII"),
+    ],
+)
+def test_more_look_alikes(value: str) -> None:
+    """Capitals look alike that small letters do not; and an end that deceives makes nobody read the rest right."""
+    with pytest.raises(ValueError, match="right"):
+        mailbox(value)
+
+
+ADDRESS_LIKE: Final = st.one_of(
+    st.text(max_size=12),
+    TRICKY,
+    st.builds(
+        "{}@{}.{}".format,
+        st.text(st.sampled_from("aZ9\u00e4\u00df\u0130"), min_size=1, max_size=70),
+        st.text(st.sampled_from("aZ9\u00e4\u00df\u0130"), min_size=1, max_size=70),
+        st.sampled_from(["com", "COM", "\u0440\u0444", "xn--p1ai", "\u65e5\u672c", "local"]),
+    ),
+    st.builds(
+        "{}@{}.{}".format,
+        st.text(
+            st.one_of(st.sampled_from("aZ9._+-'!%=?\u00e4\u0430\u0440\u4e2d\u30fc\u0307\u0131\u0661"), st.characters()),
+            max_size=6,
+        ),
+        st.text(
+            st.one_of(st.sampled_from("aZ9-\u00e4\u00df\u0430\u0440\u4e2d\u30fc\u0307\u3002\ufe0f"), st.characters()),
+            max_size=6,
+        ),
+        st.sampled_from(["com", "COM", "\u0440\u0444", "xn--p1ai", "\u65e5\u672c", "local", "1", "c\u200bom"]),
+    ),
+)
+
+
+@PROPERTY
+@given(ADDRESS_LIKE)
+@example("Ada@Ex\u00e4mple.com")
+@example("ada@\u0430\u0440\u0440\u04cf\u0435.\u0440\u0444")
+@example("e\u0301@fa\u00df\u3002de")
+def test_what_is_sent_to_has_one_form_only(value: str) -> None:
+    """An accepted address has one @, a domain in small ASCII, nothing invisible, and is its own form to be sent to."""
+    try:
+        sent_to = mailbox(value)
+    except ValueError:
+        return
+    local_part, domain = sent_to.split("@")
+    assert domain == domain.lower()
+    assert set(domain) <= set("abcdefghijklmnopqrstuvwxyz0123456789-.")
+    assert 1 <= len(local_part.encode()) <= 64
+    assert 1 <= len(domain) <= 253
+    assert all(unicodedata.category(character)[0] not in "CZ" for character in sent_to)
+    assert not set(sent_to) & set(' \t\r\n,;:<>()[]\\"')
+    assert unicodedata.is_normalized("NFKC", sent_to)
+    assert mailbox(sent_to) == sent_to
 
 
 # Lifetimes

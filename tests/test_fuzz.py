@@ -22,6 +22,7 @@ SENT: Final = Sent(
     b"\0",
     method=ott.DESCRIPTOR.services_by_name["OneTimeTokenService"].methods_by_name["ListTokens"],
 )
+MAIL: Final = "insert into onetime.outbox (verification_id, message_id, locale)"
 SECRET: Final = "s3cret_" * 7
 LINE: Final = {"time": "2026-01-01T00:00:00.000Z", "level": "INFO", "logger": "service.interceptors", "event": "call"}
 
@@ -299,6 +300,25 @@ def test_the_end_is_judged() -> None:
         (
             "update public.email_verification_tokens set used_at = now(), deleted_at = now()",
             "a verification both used and cancelled",
+        ),
+        (f"{MAIL} select gen_random_uuid(), gen_random_uuid(), ''", "a mail without its verification"),
+        (f"{MAIL} select id, id, '' from public.email_verification_tokens", "a mail of a code that was returned"),
+        (
+            f"""
+            {MAIL} select id, id, '' from public.email_verification_tokens;
+            update onetime.outbox set sealed_address = 'k0.x';
+            update onetime.email_verification_states set delivery = 'send_email';
+            update public.email_verification_tokens set used_at = now()
+            """,
+            "an address of a verification that is over",
+        ),
+        (
+            f"""
+            {MAIL} select id, id, '' from public.email_verification_tokens;
+            update onetime.outbox set state = 'sent';
+            update onetime.email_verification_states set delivery = 'send_email'
+            """,
+            "a mail that was sent by nobody",
         ),
         ("update onetime.receipts set row_id = null", "a receipt that was never settled"),
         ("update auth.one_time_tokens set relates_to = 'Ada'", "an address that is not in its normal form"),

@@ -21,7 +21,7 @@ from service.migrations import (
 
 Connection = psycopg.AsyncConnection[Any]
 
-OWN_MIGRATIONS = ("0001_state", "0002_budgets")
+OWN_MIGRATIONS = ("0001_state", "0002_budgets", "0003_outbox")
 
 EVERYTHING_CREATED = MigrationReport(
     created=(
@@ -314,6 +314,7 @@ async def test_the_second_run_changes_nothing(database_url: str) -> None:
             "public.email_verification_tokens is missing",
             "0001_state is not applied",
             "0002_budgets is not applied",
+            "0003_outbox is not applied",
         ]
         await migrate(conn)
         assert await pending(conn) == []
@@ -365,7 +366,7 @@ async def test_of_four_at_once_one_does_the_work(database_url: str, isolation: s
         outputs = [(await process.communicate())[0] for process in processes]
         assert [process.returncode for process in processes] == [0, 0, 0, 0]
         assert sorted(outputs) == [b"0\n", b"0\n", b"0\n", b"5\n"]
-        assert await column(conn, "select version from onetime.schema_migrations") == [1, 2]
+        assert await column(conn, "select version from onetime.schema_migrations") == [1, 2, 3]
 
 
 async def test_a_migration_that_is_cut_off_leaves_nothing(database_url: str) -> None:
@@ -429,7 +430,7 @@ async def test_a_statement_that_takes_too_long_ends(database_url: str, monkeypat
 async def test_a_newer_database_is_refused(migrated_url: str) -> None:
     """A version that does not know what a newer one has made neither migrates nor serves."""
     newer = "insert into onetime.schema_migrations (version, name) values (9999, '9999_future')"
-    problem = "the schema onetime is at version 9999, and this program knows 2 at most"
+    problem = "the schema onetime is at version 9999, and this program knows 3 at most"
     async with connect(migrated_url, newer) as conn:
         refused = await refusal(conn)
         assert refused.problems == (problem,)

@@ -662,3 +662,156 @@ def test_receipts(database: Database) -> None:
         keys[1]: (row_ids[1], b"1"),
         keys[3]: (row_ids[3], b"3"),
     }
+
+
+# The outbox
+
+
+def queue_mails(database: Database, made: Sequence[Verification]) -> None:
+    """Queue a mail for each verification, as if all had been started with send_email."""
+    ids = [each.id for each in made]
+    database.execute("update onetime.email_verification_states set delivery = 'send_email' where id = any (%s)", [ids])
+    run(
+        database,
+        "outbox",
+        "queue_mails",
+        verification_ids=ids,
+        message_ids=[uuid.uuid4() for _ in ids],
+        sealed_addresses=[b"sealed"] * len(ids),
+        locales=["en"] * len(ids),
+    )
+
+
+def mails(database: Database) -> Mapping[uuid.UUID, DictRow]:
+    """Return all mails, by their verifications."""
+    rows = database.execute("select *, due_at > clock_timestamp() as is_later from onetime.outbox").fetchall()
+    return {row["verification_id"]: row for row in rows}
+
+
+def over(database: Database, made: Sequence[Verification]) -> None:
+    """End five verifications, each in another way."""
+    used, cancelled, expired, locked, gone = (each.id for each in made)
+    tokens = "update public.email_verification_tokens set"
+    database.execute(f"{tokens} used_at = now() where id = %s", [used])
+    database.execute(f"{tokens} deleted_at = now() where id = %s", [cancelled])
+    database.execute(f"{tokens} expires_at = now() where id = %s", [expired])
+    database.execute("update onetime.email_verification_states set failed_attempts = 5 where id = %s", [locked])
+    database.execute("delete from public.email_verification_tokens where id = %s", [gone])
+
+
+def test_mails_are_claimed_once_and_for_a_time(database: Database) -> None:
+    """Each mail that is due goes to one courier, the oldest first, with its try counted; later it is due again."""
+    made = verifications(database, 4)
+    for each in made:
+        queue_mails(database, [each])
+    with connected(_url_of(database)) as other, other.transaction():
+        first = run(other, "outbox", "claim_mails", count=2, lease=60.0)
+        second = run(database, "outbox", "claim_mails", count=10, lease=60.0)
+    claimed = {row["verification_id"]: row for row in (*first, *second)}
+    assert {row["verification_id"] for row in first} == {each.id for each in made[:2]}
+    assert claimed.keys() == {each.id for each in made}
+    assert all(row["tries"] == 1 and row["time_left"] > timedelta(minutes=14) for row in claimed.values())
+    assert all(row["is_later"] and row["tries"] == 1 for row in mails(database).values())
+    assert run(database, "outbox", "claim_mails", count=10, lease=60.0) == []
+    database.execute("update onetime.outbox set due_at = now() where verification_id = %s", [made[3].id])
+    (again,) = run(database, "outbox", "claim_mails", count=10, lease=60.0)
+    assert (again["verification_id"], again["tries"]) == (made[3].id, 2)
+
+
+def _url_of(database: Database) -> str:
+    info = database.info
+    return f"postgresql://{info.user}@/{info.dbname}?host={info.host}&port={info.port}"
+
+
+def test_mails_are_confirmed_while_they_are_wanted(database: Database) -> None:
+    """Not for a verification that is over, not in a newer mail's place, not by a try whose time is over, of any set."""
+    made = verifications(database, 9)
+    queue_mails(database, made)
+    claimed = {row["verification_id"]: row for row in run(database, "outbox", "claim_mails", count=20, lease=60.0)}
+    over(database, made[:5])
+    run(database, "outbox", "requeue_mails", verification_ids=[made[5].id], message_ids=[uuid.uuid4()])
+    run(database, "outbox", "claim_mails", count=20, lease=60.0)
+    database.execute("update onetime.outbox set due_at = now() where verification_id = %s", [made[6].id])
+    asked = {
+        "verification_ids": [each.id for each in made],
+        "message_ids": [claimed[each.id]["message_id"] for each in made],
+        "max_attempts": MAX_ATTEMPTS,
+    }
+    assert by_ord(run(database, "outbox", "confirm_mails", **asked, tries=[1] * 9)).keys() == {8, 9}
+    assert by_ord(run(database, "outbox", "confirm_mails", **asked, tries=[1] * 8 + [2])).keys() == {8}
+
+
+def test_mails_of_verifications_that_are_over_end(database: Database) -> None:
+    """Whatever ended a verification: when its mail is due, its address is forgotten, and no other one is."""
+    made = verifications(database, 7)
+    queue_mails(database, made)
+    over(database, made[:5])
+    database.execute(
+        "update onetime.outbox set due_at = now() + interval '1 h' where verification_id = %s", [made[0].id]
+    )
+    asked = {"max_attempts": MAX_ATTEMPTS}
+    assert len(run(database, "outbox", "end_due_mails", **asked, count=3)) == 3
+    assert len(run(database, "outbox", "end_due_mails", **asked, count=3)) == 1
+    found = mails(database)
+    for each in made[1:5]:
+        row = found[each.id]
+        assert (row["sealed_address"], row["state"], row["failure"], row["due_at"]) == (
+            *(None, "failed", "verification_over", None),
+        )
+    assert all(found[each.id]["sealed_address"] for each in (made[0], *made[5:]))
+    # At once, as calls do it; of a mail that was sent, that stays told.
+    database.execute("update onetime.outbox set state = 'sent' where verification_id = %s", [made[6].id])
+    ended = run(database, "outbox", "end_mails", verification_ids=[made[5].id, made[6].id, uuid.uuid4()])
+    assert sorted(row["delivery_state"] for row in ended) == ["failed", "sent"]
+    assert all(mails(database)[each.id]["sealed_address"] is None for each in made[5:])
+    assert run(database, "outbox", "requeue_mails", verification_ids=[made[5].id], message_ids=[uuid.uuid4()]) == []
+
+
+def test_what_became_of_mails_is_recorded(database: Database) -> None:
+    """Sent, to be tried again, or given up; a mail in whose place another was queued changes nothing of that one."""
+    made = verifications(database, 5)
+    sent, retried, given_up, replaced, late = (each.id for each in made)
+    queue_mails(database, made)
+    claimed = {row["verification_id"]: row for row in run(database, "outbox", "claim_mails", count=9, lease=60.0)}
+    run(database, "outbox", "requeue_mails", verification_ids=[replaced], message_ids=[uuid.uuid4()])
+    ids = [sent, replaced]
+    told = run(
+        database,
+        "outbox",
+        "mark_mails_sent",
+        verification_ids=ids,
+        message_ids=[claimed[each]["message_id"] for each in ids],
+    )
+    assert len(told) == 1
+    failed = [retried, given_up, replaced, late]
+    told = run(
+        database,
+        "outbox",
+        "mark_mails_failed",
+        verification_ids=failed,
+        message_ids=[claimed[each]["message_id"] for each in failed],
+        tries=[1, 1, 1, 0],
+        failures=["deferred", "address_refused", "deferred", "deferred"],
+        waits=[5.0, None, 5.0, 5.0],
+    )
+    assert {row["verification_id"] for row in told} == {retried, given_up}
+    found = mails(database)
+    assert [(found[each.id]["state"], found[each.id]["failure"]) for each in made] == [
+        ("sent", None),
+        ("queued", "deferred"),
+        ("failed", "address_refused"),
+        ("queued", None),
+        ("queued", None),
+    ]
+    tokens = {
+        row["id"]: row
+        for row in database.execute("select id, code_sent, expires_at from public.email_verification_tokens")
+    }
+    # The code was sent, if by the mail before.
+    assert {each for each, row in tokens.items() if row["code_sent"]} == {sent, replaced}
+    # Until the verification is over, the address is kept, since the code may be asked for again.
+    assert all(found[each]["due_at"] == tokens[each]["expires_at"] for each in (sent, given_up))
+    assert all(found[each]["sealed_address"] == b"sealed" for each in claimed)
+    (counted,) = run(database, "outbox", "count_queued_mails")
+    assert counted["queued"] == 3
+    assert 0 <= counted["oldest"] < 60

@@ -67,10 +67,10 @@ with due as materialized (
   set tries = o.tries + 1, due_at = clock_timestamp() + make_interval(secs => %(lease)s)
   from due
   where o.verification_id = due.verification_id
-  returning o.verification_id, o.message_id, o.sealed_address, o.locale, o.tries, o.queued_at
+  returning o.verification_id, o.message_id, o.sealed_address, o.locale, o.tries, o.failure, o.queued_at
 )
 select
-  c.verification_id, c.message_id, c.sealed_address, c.locale, c.tries, c.queued_at,
+  c.verification_id, c.message_id, c.sealed_address, c.locale, c.tries, c.failure, c.queued_at,
   t.user_id, t.email_verification_token as token_hash, t.code as sealed_code, t.expires_at - clock_timestamp() as time_left
 from claimed as c
 join public.email_verification_tokens as t on t.id = c.verification_id
@@ -104,8 +104,9 @@ with sent as materialized (
 )
 update onetime.outbox as o
 set state = 'sent', failure = null,
-  due_at = case when o.sealed_address is not null then (
-    select t.expires_at from public.email_verification_tokens as t where t.id = o.verification_id
+  due_at = case when o.sealed_address is not null then coalesce(
+    (select t.expires_at from public.email_verification_tokens as t where t.id = o.verification_id),
+    clock_timestamp() -- the host has deleted it
   ) end
 from sent
 where o.verification_id = sent.verification_id and o.message_id = sent.message_id
@@ -118,8 +119,9 @@ update onetime.outbox as o
 set failure = r.failure,
   state = case when r.wait is null then 'failed' else o.state end,
   due_at = case
-    when r.wait is null then (
-      select t.expires_at from public.email_verification_tokens as t where t.id = o.verification_id
+    when r.wait is null then coalesce(
+      (select t.expires_at from public.email_verification_tokens as t where t.id = o.verification_id),
+      clock_timestamp() -- as above
     )
     else clock_timestamp() + make_interval(secs => r.wait)
   end

@@ -8,10 +8,10 @@
 // It owns the closed loop: each caller makes a call, waits for its end, and makes the next. It knows nothing of what a
 // good figure is, and nothing of the database.
 //
-// It shares a machine with what it measures, so a call has to cost little: requests are put together from the few fields
-// that they need, answers are not parsed, statistics are counters. Of a request's bytes none is ever used again for
-// another: a call that was hung up or refused early may have ended before its bytes were sent, and writing over them
-// would present one caller's secret twice and another's never.
+// It shares a machine with what it measures, so a call has to cost little: requests are put together from the few
+// fields that they need, answers are not parsed, statistics are counters. Of a request's bytes none is ever used again
+// for another: a call that was hung up or refused early may have ended before its bytes were sent, and writing over
+// them would present one caller's secret twice and another's never.
 package main
 
 import (
@@ -53,13 +53,13 @@ import (
 )
 
 const (
-	issueToken   = "/onetime.v1.OneTimeTokenService/IssueToken"
-	checkToken   = "/onetime.v1.OneTimeTokenService/CheckToken"
-	consumeToken = "/onetime.v1.OneTimeTokenService/ConsumeToken"
-	start        = "/onetime.v1.EmailVerificationService/StartEmailVerification"
-	verifyCode   = "/onetime.v1.EmailVerificationService/VerifyCode"
-	get          = "/onetime.v1.EmailVerificationService/GetEmailVerification"
-	healthCheck  = "/grpc.health.v1.Health/Check"
+	issueToken        = "/onetime.v1.OneTimeTokenService/IssueToken"
+	checkToken        = "/onetime.v1.OneTimeTokenService/CheckToken"
+	consumeToken      = "/onetime.v1.OneTimeTokenService/ConsumeToken"
+	startVerification = "/onetime.v1.EmailVerificationService/StartEmailVerification"
+	verifyCode        = "/onetime.v1.EmailVerificationService/VerifyCode"
+	getVerification   = "/onetime.v1.EmailVerificationService/GetEmailVerification"
+	healthCheck       = "/grpc.health.v1.Health/Check"
 
 	typeRecovery = 3 // TOKEN_TYPE_RECOVERY
 	formatLink   = 1 // SECRET_FORMAT_LINK
@@ -107,12 +107,12 @@ var rpcs = map[string]rpc{
 	"check-code":   {method: checkToken, words: 2, cycles: true, request: codeRequest},
 	"consume-code": {method: consumeToken, words: 2, request: codeRequest},
 
-	"start-verification": {method: start, request: startRequest},
+	"start-verification": {method: startVerification, request: startRequest},
 	"verify-code":        {method: verifyCode, words: 2, request: verifyRequest},
 	"verify-code-id": {method: verifyCode, words: 2, request: func(c *caller, line []byte) []byte {
 		return appendBytes(verifyRequest(c, line), 3, c.uuid())
 	}},
-	"get-verification": {method: get, words: 1, cycles: true, request: func(_ *caller, line []byte) []byte {
+	"get-verification": {method: getVerification, words: 1, cycles: true, request: func(_ *caller, line []byte) []byte {
 		token, _ := twoWords(line) // the code may follow it, so that verify-code's input serves here too
 		return appendBytes(newRequest(), 2, token)
 	}},
@@ -133,7 +133,7 @@ var rpcs = map[string]rpc{
 		},
 	},
 	"prepare-verifications": {
-		method:  start,
+		method:  startVerification,
 		request: startRequest,
 		line: func(_ *caller, answer []byte) ([]byte, error) {
 			token, err := bytesField(answer, 2)
@@ -439,7 +439,7 @@ type counts struct {
 	Refused uint64 `json:"refused"`
 	// Cancelled counts calls that ended CANCELLED because of -cancel; others of it were quick enough.
 	Cancelled uint64 `json:"cancelled"`
-	// Malformed counts OK without an answer in it, all of them among OK.
+	// Malformed counts those of OK that lack the answer: an empty one, or of health another than SERVING.
 	Malformed uint64 `json:"malformed"`
 }
 
@@ -537,7 +537,6 @@ type run struct {
 	exhausted atomic.Bool
 	prepared  atomic.Int64
 	begun     atomic.Int64
-	failed    atomic.Pointer[error]
 	giveUp    context.CancelCauseFunc
 }
 
@@ -1066,7 +1065,7 @@ func main() {
 	debug.SetGCPercent(800)
 	res, err := execute(o, kind)
 	if err == nil {
-		err = print(os.Stdout, res)
+		err = writeResult(os.Stdout, res)
 	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "load: "+err.Error())
@@ -1074,7 +1073,7 @@ func main() {
 	}
 }
 
-func print(to io.Writer, res *result) error {
+func writeResult(to io.Writer, res *result) error {
 	encoder := json.NewEncoder(to)
 	encoder.SetIndent("", "  ")
 	return encoder.Encode(res)
