@@ -72,7 +72,8 @@ with dead as materialized (
 select count(*) as removed from token
 
 -- name: sweep_email_verification_tokens
--- Expired verifications of ours, with their states; used and cancelled ones after their retention.
+-- Expired verifications of ours, with their states and mails; used and cancelled ones after their retention. A mail that the
+-- courier has locked goes later, by sweep_outbox.
 with dead as materialized (
   select t.id, t.ctid as place, s.place as state_place
   from public.email_verification_tokens as t
@@ -107,9 +108,14 @@ with dead as materialized (
 ), state as (
   delete from onetime.email_verification_states as s
   where s.ctid = any (array(select d.state_place from dead as d join token using (id)))
+), locked_mail as materialized (
+  select o.ctid as place
+  from onetime.outbox as o
+  where o.verification_id = any (array(select token.id from token))
+  for update of o skip locked
 ), mail as (
   delete from onetime.outbox as o
-  where o.verification_id = any (array(select token.id from token))
+  where o.ctid = any (array(select l.place from locked_mail as l))
 )
 select count(*) as removed from token
 
