@@ -8,6 +8,7 @@ It knows nothing of tokens.
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import re
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
@@ -75,6 +76,7 @@ def load_queries(stem: str) -> Mapping[str, str]:
 
 _LOG = logging.getLogger(__name__)
 _QUERIES = load_queries("db")
+_numbers = itertools.count()
 
 CHARGE_NOBODY: Final[tuple[str, Params]] = (_QUERIES["charge_nobody"], {})
 """The statement that costs as much as counting a wrong guess, where there is nothing to count on."""
@@ -96,6 +98,8 @@ class Transaction:
         """Whether to fail on a lock soon, and not to wait for as long as a call on its own would."""
         self.in_doubt = False
         """Whether COMMIT was sent and its outcome not heard."""
+        self._cut_short = False
+        """Whether a trip failed, so that statements after the one at fault were sent and not run."""
 
     async def fetch(self, query: str, params: Params) -> list[DictRow]:
         """Run a statement in this transaction, and return its rows."""
@@ -141,7 +145,7 @@ class Transaction:
 
     async def _trip(self, statements: Sequence[tuple[str, Params]], *, commit: bool) -> list[list[DictRow]]:
         begin = not self.begun
-        self.begun = True
+        self.begun = self._cut_short = True
         # At the limit psycopg asks the server to cancel. A COMMIT that waits for a standby then ends, with a warning,
         # and the connection is as good as before. Where the server does not hear, psycopg closes it after 10 s.
         async with asyncio.timeout(TRIP_TIMEOUT_S), self._connection.pipeline():
@@ -155,6 +159,7 @@ class Transaction:
                 # stale shows it at BEGIN, and then the work can be done again on another one.
                 self._tell(in_doubt=True)
                 await self._connection.execute("COMMIT")
+        self._cut_short = False
         # Fetched after the pipeline's end: a fetch inside it would be a trip of its own.
         return [await cursor.fetchall() if cursor.description else [] for cursor in cursors]
 
@@ -164,6 +169,10 @@ class Transaction:
             with contextlib.suppress(psycopg.Error, TimeoutError):
                 async with asyncio.timeout(TRIP_TIMEOUT_S):
                     await self._connection.execute("ROLLBACK")
+                    if False:
+                        # Where one of them was to be prepared, psycopg takes it for prepared, and each later use of it on
+                        # this connection would fail. At this command it forgets what it has prepared, if its text is new.
+                        await self._connection.execute(f"DEALLOCATE ALL -- {next(_numbers)}".encode())
 
     def _tell(self, *, in_doubt: bool) -> None:
         """Remember whether there is doubt, and tell the calls, which may reach their time limits meanwhile."""
@@ -217,8 +226,17 @@ class Database:
             await asyncio.wait(self._tasks)
         await self.pool.close()
 
-    async def run(self, work: Callable[[Transaction], Awaitable[T]], *, writes: int = 1) -> T:
-        """Run work in a transaction that a caller who hangs up cannot undo.
+    async def run(self, work: Callable[[Transaction], Awaitable[T]]) -> T:
+        """Run work in a transaction that a caller who hangs up cannot undo, as `transact` does.
+
+        Raises:
+            DatabaseUnavailable: Nothing happened.
+            OutcomeUnknown: Nobody can know whether it happened.
+        """
+        return await self.protect(self.transact(work))
+
+    async def transact(self, work: Callable[[Transaction], Awaitable[T]], *, writes: int = 1) -> T:
+        """Run work in a transaction, in a task that nobody cancels.
 
         `work` decides: it ends with `commit`, or leaves the transaction to be rolled back by raising or by returning
         without. It is called once more, on a new connection, if the first was lost before anything was sent to be
@@ -233,7 +251,13 @@ class Database:
             DatabaseUnavailable: Nothing happened.
             OutcomeUnknown: Nobody can know whether it happened.
         """
-        result = await self.protect(self._transact(work))
+        task = asyncio.current_task()
+        assert task is not None  # noqa: S101 - for mypy: a coroutine runs in one
+        self._tasks.add(task)
+        try:
+            result = await self._transact(work)
+        finally:
+            self._tasks.discard(task)
         # In a context of its own: what it starts belongs to no call.
         Context().run(self._after_write, writes)
         return result
@@ -305,16 +329,20 @@ class Database:
             raise DatabaseUnavailable from error
 
     async def fetch(self, query: str, params: Params) -> list[DictRow]:
-        """Run a statement that only reads, and return its rows.
+        """Run a statement that only reads, and return its rows. A caller that is cancelled gets away at once.
 
         Raises:
             DatabaseUnavailable: The database did not answer.
         """
+        return await self.protect(self.read(query, params), decides=False)
+
+    async def read(self, query: str, params: Params) -> list[DictRow]:
+        """Do what `fetch` does, in a task that nobody cancels."""
 
         async def read(transaction: Transaction) -> list[DictRow]:
             return await transaction.read(query, params)
 
-        return await self.protect(self._transact(read), decides=False)
+        return await self._transact(read)
 
 
 def leave_unheard(work: asyncio.Future[Any], *, decides: bool = True) -> None:

@@ -237,7 +237,7 @@ class EmailVerifications(pb_grpc.EmailVerificationServiceServicer):
         return response
 
     async def _start_all(self, news: Sequence[_NewVerification]) -> Sequence[Outcome[Row]]:
-        return await self._database.run(partial(self._start, news), writes=len(news))
+        return await self._database.transact(partial(self._start, news), writes=len(news))
 
     async def _start(self, news: Sequence[_NewVerification], transaction: Transaction) -> Sequence[Outcome[Row]]:
         alone = len(news) == 1
@@ -339,7 +339,7 @@ class EmailVerifications(pb_grpc.EmailVerificationServiceServicer):
         return pb.VerifyCodeResponse(verification=self._verification(row))
 
     async def _verify_all(self, guesses: Sequence[_Guess]) -> Sequence[Outcome[Row]]:
-        return await self._database.run(partial(self._verify, guesses), writes=len(guesses))
+        return await self._database.transact(partial(self._verify, guesses), writes=len(guesses))
 
     async def _verify(self, guesses: Sequence[_Guess], transaction: Transaction) -> Sequence[Outcome[Row]]:
         alone = len(guesses) == 1
@@ -514,7 +514,7 @@ class EmailVerifications(pb_grpc.EmailVerificationServiceServicer):
         return pb.GetEmailVerificationResponse(verification=self._verification(row))
 
     async def _find_all(self, keys: Sequence[_Key]) -> Sequence[Outcome[Row]]:
-        rows = await self._database.fetch(_QUERIES["find_verifications"], _find(keys))
+        rows = await self._database.read(_QUERIES["find_verifications"], _find(keys))
         row_of = {row["ord"]: row for row in rows}
         return [row_of.get(number) or TokenNotFound() for number in range(len(keys))]
 

@@ -158,7 +158,7 @@ class OneTimeTokens(pb_grpc.OneTimeTokenServiceServicer):
         return pb.IssueTokenResponse(token=self._token(row, row["failed_attempts"]), secret=secret)
 
     async def _issue_all(self, tokens: Sequence[_NewToken]) -> Sequence[Outcome[Row]]:
-        return await self._database.run(partial(self._issue, tokens), writes=len(tokens))
+        return await self._database.transact(partial(self._issue, tokens), writes=len(tokens))
 
     async def _issue(self, tokens: Sequence[_NewToken], transaction: Transaction) -> Sequence[Outcome[Row]]:
         alone = len(tokens) == 1
@@ -263,12 +263,12 @@ class OneTimeTokens(pb_grpc.OneTimeTokenServiceServicer):
         return _Link(intent, credential.token_type, hashes)
 
     async def _find_links(self, links: Sequence[_Link]) -> Sequence[Outcome[Row]]:
-        rows = await self._database.fetch(_QUERIES["find_links"], _link_params(links))
+        rows = await self._database.read(_QUERIES["find_links"], _link_params(links))
         row_of = {row["ord"]: row for row in rows}
         return [row_of.get(number) or TokenNotFound() for number in range(len(links))]
 
     async def _consume_all(self, links: Sequence[_Link]) -> Sequence[Outcome[pb.ConsumeTokenResponse]]:
-        return await self._database.run(partial(self._consume_links, links), writes=len(links))
+        return await self._database.transact(partial(self._consume_links, links), writes=len(links))
 
     async def _consume_links(
         self, links: Sequence[_Link], transaction: Transaction

@@ -114,6 +114,8 @@ class Sets(Generic[Element, Result]):
         """The keys of all that has begun."""
         self._gathering = False
         """Whether a set is about to begin."""
+        self._last_alone = True
+        """Whether the last set was of one."""
         self._prompt = False
         """Whether a set is under way that is not slow."""
         self._tasks: set[asyncio.Task[None]] = set()
@@ -138,7 +140,12 @@ class Sets(Generic[Element, Result]):
 
     def _gather(self) -> None:
         """Begin the next set as soon as the event loop has nothing more for it."""
-        if not self._gathering and not self._prompt and self._queue:
+        if self._gathering or self._prompt or not self._queue:
+            return
+        if self._last_alone and len(self._queue) == 1:
+            # Nobody else comes.
+            self._begin()
+        else:
             self._gathering = True
             asyncio.get_running_loop().call_soon(self._turn, 0, 0)
 
@@ -166,6 +173,7 @@ class Sets(Generic[Element, Result]):
                 left.append(waiting)
         self._queue = left
         if chosen:
+            self._last_alone = len(chosen) == 1
             self._sizes.observe(len(chosen))
             self._prompt = True
             self._start(self._serve(chosen))
