@@ -607,8 +607,8 @@ def mail_preview(locale: str | None, out: Path, **options: str | None) -> None:
       de/body.html        HTML, with the code; ours fill the blocks of layout.html
 
     A language needs the three of its files, each from your folder or from ours. They are Jinja templates, with the
-    variables code, product, minutes (that are left) and language. What is wrong with them is told here, and at the
-    start of a server; changed ones are read at the next start.
+    variables code, product, minutes (that are left), language and direction (ltr or rtl). What is wrong with them is
+    told here, and at the start of a server; changed ones are read at the next start.
 
     Examples:
       onetime mail preview --mail-product Example --locale de

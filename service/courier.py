@@ -97,8 +97,9 @@ class Courier:
         while True:
             self._woken.clear()
             try:
-                await self._transport.tend()
                 more = await self._collect()
+                # Afterwards: to take leave of a server may take a moment.
+                await self._transport.tend()
             except OnetimeError as error:
                 more = False
                 _LOG.warning("the outbox cannot be read", extra={"reason": error.reason})
@@ -163,7 +164,8 @@ class Courier:
                 asyncio.get_running_loop().call_later(wait, self.wake)
         else:
             if not accepted:
-                _tell(row, "withdrawn", _VERIFICATION_OVER)
+                # The verification is over, or its code is sent again by a newer mail.
+                _tell(row, "withdrawn")
                 return
             for recorded in await self._record(outbox.mark_sent(*mail)):
                 MAIL_SECONDS.observe(recorded["seconds"])

@@ -169,7 +169,7 @@ class Transaction:
             with contextlib.suppress(psycopg.Error, TimeoutError):
                 async with asyncio.timeout(TRIP_TIMEOUT_S):
                     await self._connection.execute("ROLLBACK")
-                    if False:
+                    if self._cut_short:
                         # Where one of them was to be prepared, psycopg takes it for prepared, and each later use of it on
                         # this connection would fail. At this command it forgets what it has prepared, if its text is new.
                         await self._connection.execute(f"DEALLOCATE ALL -- {next(_numbers)}".encode())

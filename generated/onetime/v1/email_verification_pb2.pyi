@@ -239,9 +239,10 @@ class SendEmail(_message.Message):
     EMAIL_FIELD_NUMBER: _builtins.int
     LOCALE_FIELD_NUMBER: _builtins.int
     email: _builtins.str
-    """Where to: one address, such as "ada@example.com", without a name, quotes or
-    comments. International ones are taken, unless a part of it mixes scripts or
-    looks like another one in Latin letters.
+    """Where to: one address, such as "ada@example.com", without a name, quotes,
+    comments or routes, at a host and not a number. International ones are
+    taken, unless a part mixes scripts or looks like another one in Latin
+    letters.
     """
     locale: _builtins.str
     """BCP 47 language tag of the mail, such as "en" or "pt-BR"; the service's
