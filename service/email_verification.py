@@ -544,9 +544,6 @@ class EmailVerifications(pb_grpc.EmailVerificationServiceServicer):
             TokenNotFound: There is none.
         """
         row = _only(rows)
-        if row["token_hash"] is None:
-            # It went while this call waited for it.
-            raise TokenNotFound
         _about(current_call.get(), row)
         key.refuse_unless_meant(row)
         return row
@@ -642,7 +639,7 @@ def _about(call: Call, row: Row) -> None:
 
 
 def _only(rows: Sequence[Row]) -> Row:
-    """Return the row of the one element that was asked for."""
-    if not rows:
+    """Return the row of the one element that was asked for, unless it went while this call waited for it."""
+    if not rows or rows[0]["token_hash"] is None:
         raise TokenNotFound
     return rows[0]
