@@ -38,7 +38,7 @@ fuzz: .venv/.project ## send a million hostile requests to a server, for half an
 timing: .venv/.project ## measure whether the time of an answer tells an unknown subject from a wrong code (ARGS='--calls ...')
 	@$(PY) tests/timing.py $(ARGS)
 
-bench: .venv/.project ## measure how fast it is, for hours, and write docs/benchmarks.md; needs Go (ARGS='--quick', ARGS='--help')
+bench: .venv/.project ## measure how fast it is, and write docs/benchmarks.md; needs Go, and an hour and a half (ARGS='--quick', ARGS='--help')
 	@$(PY) tests/bench.py $(ARGS)
 
 check: check-lint check-format check-types check-layers check-sources check-packages check-protos check-dockerfile check-shell ## hold the sources against every rule that a tool can check

@@ -101,8 +101,10 @@ async def sweep(settings: Settings, database: Database, table: str, blocks: int)
     """Sweep the next blocks of one table, and return how many rows went; 0 if another replica is at it."""
 
     async def work(transaction: Transaction) -> int:
-        _, cursors = await transaction.fetch_all(
-            (_QUERIES["limit_time"], {}), (_QUERIES["lock_cursor"], {"table_name": table})
+        *_, cursors = await transaction.fetch_all(
+            (_QUERIES["limit_time"], {}),
+            (_QUERIES["join_by_hash"], {}),
+            (_QUERIES["lock_cursor"], {"table_name": table}),
         )
         if not cursors:
             await transaction.commit()
@@ -148,7 +150,9 @@ async def sweep_all(settings: Settings, progress: Callable[[int, int], None]) ->
 
 
 async def _sweep_range(settings: Settings, database: Database, table: str, first: int) -> int:
-    ((row,),) = await database.commit(_range(settings, table, first, first + BLOCKS_ON_DEMAND))
+    _, (row,) = await database.commit(
+        (_QUERIES["join_by_hash"], {}), _range(settings, table, first, first + BLOCKS_ON_DEMAND)
+    )
     return int(row["removed"])
 
 

@@ -170,8 +170,8 @@ class Transaction:
                 async with asyncio.timeout(TRIP_TIMEOUT_S):
                     await self._connection.execute("ROLLBACK")
                     if self._cut_short:
-                        # Where one of them was to be prepared, psycopg takes it for prepared, and each later use of it on
-                        # this connection would fail. At this command it forgets what it has prepared, if its text is new.
+                        # Where one of them was to be prepared, psycopg takes it for prepared, and each later use of it
+                        # on this connection would fail. At this command it forgets all of them, if its text is new.
                         await self._connection.execute(f"DEALLOCATE ALL -- {next(_numbers)}".encode())
 
     def _tell(self, *, in_doubt: bool) -> None:
@@ -323,6 +323,12 @@ class Database:
                     return await work(transaction)
                 except (psycopg.Error, TimeoutError) as error:
                     raise _translated(error, transaction, connection) from error
+                except Exception as error:
+                    if not transaction.committed or isinstance(error, OnetimeError):
+                        raise
+                    # A bug of ours, after all was done: it must not look as if it could be done again.
+                    _LOG.exception("a bug after COMMIT")
+                    raise InternalError from error
                 finally:
                     await transaction.roll_back()
         except (PoolTimeout, TooManyRequests, PoolClosed) as error:

@@ -24,14 +24,15 @@ It knows nothing of what the sets are about.
 
 import asyncio
 import copy
+import time
 from collections.abc import Awaitable, Callable, Hashable, Iterable, Sequence
 from contextvars import Context
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, Generic, TypeAlias, TypeVar
 
 from service.call import Call, current_call, serve_together
 from service.db import StatementFailed, leave_unheard
-from service.errors import OnetimeError
+from service.errors import InternalError, OnetimeError
 from service.metrics import SET_ELEMENTS
 
 Element = TypeVar("Element")
@@ -47,6 +48,11 @@ of 64 callers had 4 elements, with it 30."""
 
 SLOW_S: Final = 0.1
 """After so long a set does not hold up others any more: its connection may be lost, or a row be locked for long."""
+
+
+LATE_S: Final = 0.9
+"""Who has waited for so long when the set fails is told so, and not decided anew: to wait once more, for a connection
+and then for a lock, might take longer than a call may. Cut off in its middle, it would end in doubt."""
 
 
 class Skipped(Exception):
@@ -79,6 +85,8 @@ class _Waiting(Generic[Element, Result]):
     element: Element
     keys: frozenset[Hashable]
     outcome: asyncio.Future[Result]
+    since: float = field(default_factory=time.monotonic)
+    """When it came."""
     begun: bool = False
     """Whether its set has begun, so that it cannot be dropped any more."""
 
@@ -212,8 +220,11 @@ class Sets(Generic[Element, Result]):
         outcomes: Sequence[Outcome[Result]]
         try:
             outcomes = await self._decide([waiting.element for waiting in chosen])
+            if len(outcomes) != len(chosen):
+                raise InternalError(f"{len(outcomes)} outcomes of {len(chosen)} calls")
         except Exception as error:  # noqa: BLE001 - it is raised again, where the calls wait
-            whole = isinstance(error, OnetimeError) and not isinstance(error, StatementFailed)
+            late = time.monotonic() - chosen[0].since > LATE_S
+            whole = isinstance(error, OnetimeError) and (late or not isinstance(error, StatementFailed))
             if len(chosen) > 1 and not whole:
                 # One of them is at fault, and the others must not suffer from it.
                 middle = len(chosen) // 2

@@ -18,6 +18,7 @@ on conflict (user_id, purpose) do update set purpose = excluded.purpose where fa
 select b.user_id, b.purpose, b.failures, b.failures_in_a_row, b.sends, clock_timestamp() as now
 from unnest(%(user_ids)s::uuid[], %(purposes)s::text[]) as r (user_id, purpose)
 join onetime.budgets as b using (user_id, purpose)
+where b.user_id = any (%(user_ids)s::uuid[])
 
 -- name: make_budgets
 -- Make the budgets that are not there.
@@ -32,6 +33,7 @@ on conflict (user_id, purpose) do nothing
 select b.user_id, b.purpose, b.failures, b.failures_in_a_row, b.sends, clock_timestamp() as now
 from unnest(%(user_ids)s::uuid[], %(purposes)s::text[]) as r (user_id, purpose)
 join onetime.budgets as b using (user_id, purpose)
+where b.user_id = any (%(user_ids)s::uuid[])
 order by b.user_id, b.purpose
 for update of b skip locked
 
@@ -66,7 +68,7 @@ set
 from unnest(
   %(user_ids)s::uuid[], %(purposes)s::text[], %(charged_ats)s::timestamptz[]
 ) as r (user_id, purpose, charged_at)
-where b.user_id = r.user_id and b.purpose = r.purpose
+where b.user_id = r.user_id and b.user_id = any (%(user_ids)s::uuid[]) and b.purpose = r.purpose
 
 -- name: forget_failures
 -- A code that came to no verdict, by a failure of ours: take back its charge, unless it is forgotten already.
@@ -77,4 +79,5 @@ set
 from unnest(
   %(user_ids)s::uuid[], %(purposes)s::text[], %(charged_ats)s::timestamptz[]
 ) as r (user_id, purpose, charged_at)
-where b.user_id = r.user_id and b.purpose = r.purpose and r.charged_at = any (b.failures)
+where b.user_id = r.user_id and b.user_id = any (%(user_ids)s::uuid[]) and b.purpose = r.purpose
+  and r.charged_at = any (b.failures)

@@ -35,6 +35,11 @@ select pg_relation_size(%(table_name)s::regclass) / current_setting('block_size'
 -- Give up rather than make a request wait.
 select set_config('lock_timeout', '100', true), set_config('statement_timeout', '2000', true)
 
+-- name: join_by_hash
+-- Let this transaction compare what it has found by hash, other than what every connection sets (configure_session): pair
+-- by pair, a sweep of ten thousand dead rows would take half a minute, and never come to its end.
+select set_config('enable_hashjoin', 'on', true)
+
 -- name: sweep_one_time_tokens
 -- Expired tokens of ours, with their states. Without its state, a token lives as long as any type may at most.
 with dead as materialized (

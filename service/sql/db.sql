@@ -12,6 +12,10 @@ select
   -- Every statement looks rows up by an index, whatever the size of its tables. Left to itself, the planner reads whole
   -- tables where they were small when it last looked. So where a condition fits a partial index, or not the first column
   -- of one, statements hide it from the planner: in a case, or behind a cast.
+  -- The other way to read a whole table is to begin a join with it, which is cheapest where it was empty when it was last
+  -- analysed. So what is looked up is bound to the parameters by an array too, or stands in a lateral query of its own,
+  -- which `offset 0` keeps apart, or is compared with an array of one; and an order that a unique index has is asked for
+  -- as a row.
   set_config('enable_seqscan', 'off', false),
   set_config('enable_hashjoin', 'off', false),
   set_config('enable_mergejoin', 'off', false),

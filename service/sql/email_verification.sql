@@ -43,11 +43,25 @@ select
 from unnest(
   %(ords)s::int[], %(ids)s::uuid[], %(token_hashes)s::text[], %(callers)s::text[]
 ) as r (ord, id, token_hash, caller)
-join public.email_verification_tokens as t on t.id = coalesce(
-  r.id, (select f.id from onetime.email_verification_states as f where f.token_hash = r.token_hash)
-)
-join onetime.email_verification_states as s on s.token_hash = t.email_verification_token and s.id = t.id
-left join onetime.outbox as o on o.verification_id = t.id and s.delivery = 'send_email'
+cross join lateral (
+  select
+    t.id, t.user_id, t.email_verification_token, t.code, t.code_sent,
+    t.created_at, t.updated_at, t.expires_at, t.used_at, t.deleted_at
+  from public.email_verification_tokens as t
+  where t.id = coalesce(
+    r.id, (select f.id from onetime.email_verification_states as f where f.token_hash = r.token_hash)
+  )
+  offset 0
+) as t
+cross join lateral (
+  select s.failed_attempts, s.caller, s.delivery
+  from onetime.email_verification_states as s
+  where s.token_hash = t.email_verification_token and s.id = t.id
+  offset 0
+) as s
+left join lateral (
+  select o.state, o.failure from onetime.outbox as o where o.verification_id = t.id offset 0
+) as o on s.delivery = 'send_email'
 where r.caller is null or s.caller = r.caller
 
 -- name: lock_verifications
@@ -59,10 +73,20 @@ with found as materialized (
   from unnest(
     %(ords)s::int[], %(ids)s::uuid[], %(token_hashes)s::text[], %(callers)s::text[]
   ) as r (ord, id, token_hash, caller)
-  join public.email_verification_tokens as t on t.id = coalesce(
-    r.id, (select f.id from onetime.email_verification_states as f where f.token_hash = r.token_hash)
-  )
-  join onetime.email_verification_states as s on s.token_hash = t.email_verification_token and s.id = t.id
+  cross join lateral (
+    select t.id, t.user_id, t.email_verification_token
+    from public.email_verification_tokens as t
+    where t.id = coalesce(
+      r.id, (select f.id from onetime.email_verification_states as f where f.token_hash = r.token_hash)
+    )
+    offset 0
+  ) as t
+  cross join lateral (
+    select s.caller
+    from onetime.email_verification_states as s
+    where s.token_hash = t.email_verification_token and s.id = t.id
+    offset 0
+  ) as s
   where r.caller is null or s.caller = r.caller
 ), budget as materialized (
   select b.user_id, b.failures, b.failures_in_a_row, b.sends
@@ -79,8 +103,9 @@ with found as materialized (
     t.created_at, t.updated_at, t.expires_at, t.used_at, t.deleted_at,
     s.failed_attempts, s.caller, s.delivery, s.last_sent_at
   from found as f
-  join public.email_verification_tokens as t on t.id = f.id
-  join onetime.email_verification_states as s on s.token_hash = t.email_verification_token and s.id = t.id
+  join public.email_verification_tokens as t on t.id = f.id and t.id = any (array(select f.id from found as f))
+  join onetime.email_verification_states as s
+    on s.token_hash = any (array[t.email_verification_token::text]) and s.id = t.id
   where (select count(*) from budget) >= 0 -- which makes that come first
   order by t.id
   for update of t, s /* skip locked */
@@ -97,7 +122,9 @@ select
 from found as f
 left join locked as l using (ord)
 left join budget as b on b.user_id = f.user_id
-left join onetime.outbox as o on o.verification_id = l.id and l.delivery = 'send_email'
+left join lateral (
+  select o.state, o.failure from onetime.outbox as o where o.verification_id = l.id offset 0
+) as o on l.delivery = 'send_email'
 
 -- name: use_verifications
 -- Spend verifications that this transaction has locked and whose codes it has found right.
@@ -112,7 +139,7 @@ returning t.id, t.user_id, t.code_sent, t.created_at, t.updated_at, t.expires_at
 update onetime.email_verification_states as s
 set failed_attempts = s.failed_attempts + 1
 from unnest(%(token_hashes)s::text[]) as r (token_hash)
-where s.token_hash = r.token_hash
+where s.token_hash = r.token_hash and s.token_hash = any (%(token_hashes)s::text[])
 
 -- name: refresh_verifications
 -- Give verifications that this transaction has locked a fresh token in place of one that its caller never got. Their
@@ -125,12 +152,12 @@ with request as (
   update onetime.email_verification_states as s
   set token_hash = r.token_hash
   from request as r
-  where s.token_hash = r.old_hash
+  where s.token_hash = r.old_hash and s.token_hash = any (%(old_hashes)s::text[])
 )
 update public.email_verification_tokens as t
 set email_verification_token = r.token_hash, code = r.sealed_code
 from request as r
-where t.id = r.id
+where t.id = r.id and t.id = any (%(ids)s::uuid[])
 returning r.ord, t.id, t.user_id, t.code_sent, t.created_at, t.updated_at, t.expires_at, t.used_at, t.deleted_at
 
 -- name: mark_resent
@@ -138,14 +165,14 @@ returning r.ord, t.id, t.user_id, t.code_sent, t.created_at, t.updated_at, t.exp
 update onetime.email_verification_states as s
 set last_sent_at = clock_timestamp()
 from unnest(%(token_hashes)s::text[]) as r (token_hash)
-where s.token_hash = r.token_hash
+where s.token_hash = r.token_hash and s.token_hash = any (%(token_hashes)s::text[])
 
 -- name: mark_codes_sent
 -- Record that the codes of verifications that this transaction has locked have been mailed.
 update public.email_verification_tokens as t
 set code_sent = true
 from unnest(%(ids)s::uuid[]) with ordinality as r (id, ord)
-where t.id = r.id
+where t.id = r.id and t.id = any (%(ids)s::uuid[])
 returning r.ord, t.id, t.user_id, t.code_sent, t.created_at, t.updated_at, t.expires_at, t.used_at, t.deleted_at
 
 -- name: cancel_verifications
@@ -153,5 +180,5 @@ returning r.ord, t.id, t.user_id, t.code_sent, t.created_at, t.updated_at, t.exp
 update public.email_verification_tokens as t
 set deleted_at = clock_timestamp()
 from unnest(%(ids)s::uuid[]) with ordinality as r (id, ord)
-where t.id = r.id
+where t.id = r.id and t.id = any (%(ids)s::uuid[])
 returning r.ord, t.id, t.user_id, t.code_sent, t.created_at, t.updated_at, t.expires_at, t.used_at, t.deleted_at

@@ -55,10 +55,14 @@ with request as (
     r.ord, r.token_hash as fresh_hash, t.id, t.user_id, t.token_type, t.relates_to, t.created_at, t.updated_at,
     s.ttl, s.failed_attempts
   from request as r
-  join auth.one_time_tokens as t on t.id = r.id and t.token_hash ~ '^ot[lch]1\.'
-  join onetime.one_time_token_states as s
-    on s.user_id = t.user_id and s.token_type = t.token_type and s.token_id = t.id
-  order by t.user_id, t.token_type
+  join auth.one_time_tokens as t on t.id = r.id and t.id = any (%(ids)s::uuid[]) and t.token_hash ~ '^ot[lch]1\.'
+  cross join lateral (
+    select s.ttl, s.failed_attempts
+    from onetime.one_time_token_states as s
+    where s.user_id = t.user_id and s.token_type = t.token_type and s.token_id = t.id
+    offset 0
+  ) as s
+  order by (t.user_id, t.token_type)
   for update of t
 ), live as materialized (
   select * from locked where created_at + ttl > clock_timestamp() at time zone 'utc'
@@ -66,7 +70,7 @@ with request as (
   update auth.one_time_tokens as t
   set token_hash = l.fresh_hash
   from live as l
-  where t.id = l.id
+  where t.id = l.id and t.id = any (array(select l.id from live as l))
   returning t.id
 )
 select
@@ -92,9 +96,14 @@ select
   (t.created_at + s.ttl) at time zone 'utc' as expire_time,
   t.created_at + s.ttl <= clock_timestamp() at time zone 'utc' as expired
 from request as r
-join auth.one_time_tokens as t on t.token_hash = r.token_hash and t.token_type::text = r.token_type::text
-join onetime.one_time_token_states as s
-  on s.user_id = t.user_id and s.token_type = t.token_type and s.token_id = t.id
+join auth.one_time_tokens as t on t.token_hash = r.token_hash and t.token_hash = any (%(token_hashes)s::text[])
+  and t.token_type::text = r.token_type::text
+cross join lateral (
+  select s.ttl, s.failed_attempts
+  from onetime.one_time_token_states as s
+  where s.user_id = t.user_id and s.token_type = t.token_type and s.token_id = t.id
+  offset 0
+) as s
 
 -- name: consume_links
 -- Spend the tokens of links: of many callers with one link, the first to lock its row deletes it, and the others find
@@ -107,26 +116,37 @@ with request as materialized (
     %(ords)s::int[], %(token_types)s::auth.one_time_token_type[], %(token_hashes)s::text[],
     %(callers)s::text[], %(request_ids)s::uuid[]
   ) as r (ord, token_type, token_hash, caller, request_id)
-  where r.request_id is null or exists (
-    select
+  where r.request_id is null or (
+    select p.retries = 0
     from onetime.receipts as p
-    where p.request_id = r.request_id and p.rpc = 'ConsumeToken' and p.caller = r.caller and p.retries = 0
+    where p.request_id = r.request_id and p.rpc = 'ConsumeToken' and p.caller = r.caller
   )
 ), found as materialized (
   select r.ord, t.id, t.user_id, t.token_type, t.token_hash
   from request as r
-  join auth.one_time_tokens as t on t.token_hash = r.token_hash and t.token_type::text = r.token_type::text
-  join onetime.one_time_token_states as s
-    on s.user_id = t.user_id and s.token_type = t.token_type and s.token_id = t.id
+  join auth.one_time_tokens as t
+    on t.token_hash = r.token_hash and t.token_hash = any (%(token_hashes)s::text[])
+    and t.token_type::text = r.token_type::text
+  cross join lateral (
+    select s.token_id
+    from onetime.one_time_token_states as s
+    where s.user_id = t.user_id and s.token_type = t.token_type and s.token_id = t.id
+    offset 0
+  ) as s
 ), locked as materialized (
   select
     f.ord, t.id, t.user_id, t.token_type, t.token_hash, t.relates_to, t.created_at, t.updated_at,
     s.ttl, s.failed_attempts
   from found as f
-  join auth.one_time_tokens as t on t.id = f.id and t.token_hash = f.token_hash
-  join onetime.one_time_token_states as s
-    on s.user_id = t.user_id and s.token_type = t.token_type and s.token_id = t.id
-  order by t.user_id, t.token_type
+  join auth.one_time_tokens as t
+    on t.id = f.id and t.id = any (array(select f.id from found as f)) and t.token_hash = f.token_hash
+  cross join lateral (
+    select s.ttl, s.failed_attempts
+    from onetime.one_time_token_states as s
+    where s.user_id = t.user_id and s.token_type = t.token_type and s.token_id = t.id
+    offset 0
+  ) as s
+  order by f.user_id, f.token_type
   for update of t /* skip locked */
 ), judged as materialized (
   select *, created_at + ttl <= clock_timestamp() at time zone 'utc' as expired from locked
@@ -138,7 +158,8 @@ with request as materialized (
   returning t.id, t.user_id, t.token_type
 ), state as (
   delete from onetime.one_time_token_states as s using token as t
-  where s.user_id = t.user_id and s.token_type = t.token_type and s.token_id = t.id
+  where s.user_id = t.user_id and s.user_id = any (array(select t.user_id from token as t))
+    and s.token_type = t.token_type and s.token_id = t.id
 )
 select
   f.ord, j.id, j.user_id, j.token_type, j.token_hash, j.relates_to, j.failed_attempts, j.expired,
@@ -173,8 +194,12 @@ with request as (
     (
       select t.id, t.user_id, t.token_type
       from auth.one_time_tokens as t
-      join onetime.one_time_token_states as s
-        on s.user_id = t.user_id and s.token_type = t.token_type and s.token_id = t.id
+      cross join lateral (
+        select s.ttl
+        from onetime.one_time_token_states as s
+        where s.user_id = t.user_id and s.token_type = t.token_type and s.token_id = t.id
+        offset 0
+      ) as s
       where r.user_id is null
         and t.relates_to = r.relates_to and t.token_type = r.token_type and t.token_hash ~ '^ot[ch]1\.'
       order by t.created_at + s.ttl > clock_timestamp() at time zone 'utc' desc, t.created_at desc, t.id
@@ -184,7 +209,8 @@ with request as (
 ), budget as materialized (
   select b.user_id, b.purpose, b.failures, b.failures_in_a_row
   from onetime.budgets as b
-  where (b.user_id, b.purpose) in (select f.user_id, f.token_type::text from found as f)
+  where b.user_id = any (array(select f.user_id from found as f))
+    and (b.user_id, b.purpose) in (select f.user_id, f.token_type::text from found as f)
   order by b.user_id, b.purpose
   for update of b
 ), locked as materialized (
@@ -192,9 +218,10 @@ with request as (
     f.ord, t.id, t.user_id, t.token_type, t.token_hash, t.relates_to, t.created_at, t.updated_at,
     s.ttl, s.failed_attempts
   from found as f
-  join auth.one_time_tokens as t on t.id = f.id
+  join auth.one_time_tokens as t on t.id = f.id and t.id = any (array(select f.id from found as f))
   join onetime.one_time_token_states as s
-    on s.user_id = f.user_id and s.token_type = f.token_type and s.token_id = f.id
+    on s.user_id = f.user_id and s.user_id = any (array(select f.user_id from found as f))
+    and s.token_type = f.token_type and s.token_id = f.id
   where (select count(*) from budget) >= 0 -- which makes that come first
   order by f.user_id, f.token_type
   for update of t, s
@@ -216,7 +243,8 @@ set failed_attempts = s.failed_attempts + 1
 from unnest(
   %(user_ids)s::uuid[], %(token_types)s::auth.one_time_token_type[], %(ids)s::uuid[]
 ) as r (user_id, token_type, id)
-where s.user_id = r.user_id and s.token_type = r.token_type and s.token_id = r.id
+where s.user_id = r.user_id and s.user_id = any (%(user_ids)s::uuid[])
+  and s.token_type = r.token_type and s.token_id = r.id
 
 -- name: refund_codes
 -- Give charges back: the code was right, or could not be compared.
@@ -225,7 +253,8 @@ set failed_attempts = greatest(s.failed_attempts - 1, 0)
 from unnest(
   %(user_ids)s::uuid[], %(token_types)s::auth.one_time_token_type[], %(ids)s::uuid[]
 ) as r (user_id, token_type, id)
-where s.user_id = r.user_id and s.token_type = r.token_type and s.token_id = r.id
+where s.user_id = r.user_id and s.user_id = any (%(user_ids)s::uuid[])
+  and s.token_type = r.token_type and s.token_id = r.id
 
 -- name: find_codes
 -- Find codes by their ids, for a retry that finds its charge pending.
@@ -236,9 +265,13 @@ select
   (t.created_at + s.ttl) at time zone 'utc' as expire_time,
   t.created_at + s.ttl <= clock_timestamp() at time zone 'utc' as expired
 from unnest(%(ids)s::uuid[]) with ordinality as r (id, ord)
-join auth.one_time_tokens as t on t.id = r.id and t.token_hash ~ '^ot[ch]1\.'
-join onetime.one_time_token_states as s
-  on s.user_id = t.user_id and s.token_type = t.token_type and s.token_id = t.id
+join auth.one_time_tokens as t on t.id = r.id and t.id = any (%(ids)s::uuid[]) and t.token_hash ~ '^ot[ch]1\.'
+cross join lateral (
+  select s.ttl, s.failed_attempts
+  from onetime.one_time_token_states as s
+  where s.user_id = t.user_id and s.token_type = t.token_type and s.token_id = t.id
+  offset 0
+) as s
 
 -- name: consume_codes
 -- Spend the tokens of codes that were found right: as consume_links does, and only while the row still holds the very
@@ -248,21 +281,26 @@ with request as (
 ), locked as materialized (
   select r.ord, t.id, t.user_id, t.token_type, t.created_at, s.ttl
   from request as r
-  join auth.one_time_tokens as t on t.id = r.id and t.token_hash = r.token_hash
-  join onetime.one_time_token_states as s
-    on s.user_id = t.user_id and s.token_type = t.token_type and s.token_id = t.id
-  order by t.user_id, t.token_type
+  join auth.one_time_tokens as t on t.id = r.id and t.token_hash = r.token_hash and t.id = any (%(ids)s::uuid[])
+  cross join lateral (
+    select s.ttl
+    from onetime.one_time_token_states as s
+    where s.user_id = t.user_id and s.token_type = t.token_type and s.token_id = t.id
+    offset 0
+  ) as s
+  order by (t.user_id, t.token_type)
   for update of t
 ), judged as materialized (
   select ord, id, created_at + ttl <= clock_timestamp() at time zone 'utc' as expired from locked
 ), first as materialized (
   select distinct on (id) ord, id from judged where not expired order by id, ord
 ), token as (
-  delete from auth.one_time_tokens as t using first as f where t.id = f.id
+  delete from auth.one_time_tokens as t where t.id = any (array(select f.id from first as f))
   returning t.id, t.user_id, t.token_type
 ), state as (
   delete from onetime.one_time_token_states as s using token as t
-  where s.user_id = t.user_id and s.token_type = t.token_type and s.token_id = t.id
+  where s.user_id = t.user_id and s.user_id = any (array(select t.user_id from token as t))
+    and s.token_type = t.token_type and s.token_id = t.id
 )
 select j.ord, j.id, j.expired
 from judged as j
@@ -280,9 +318,14 @@ with request as (
   select r.ord, t.id, t.user_id, t.token_type, t.created_at, s.ttl
   from request as r
   join auth.one_time_tokens as t
-    on t.user_id = r.user_id and t.token_type = r.token_type and t.token_hash ~ '^ot[lch]1\.'
-  join onetime.one_time_token_states as s
-    on s.user_id = t.user_id and s.token_type = t.token_type and s.token_id = t.id
+    on t.user_id = r.user_id and t.user_id = any (%(user_ids)s::uuid[])
+    and t.token_type = r.token_type and t.token_hash ~ '^ot[lch]1\.'
+  cross join lateral (
+    select s.ttl
+    from onetime.one_time_token_states as s
+    where s.user_id = t.user_id and s.token_type = t.token_type and s.token_id = t.id
+    offset 0
+  ) as s
   order by t.user_id, t.token_type
   for update of t
 ), token as (
@@ -304,8 +347,13 @@ select
   t.updated_at at time zone 'utc' as update_time,
   (t.created_at + s.ttl) at time zone 'utc' as expire_time
 from unnest(%(user_ids)s::uuid[]) with ordinality as r (user_id, ord)
-join auth.one_time_tokens as t on t.user_id = r.user_id and t.token_hash ~ '^ot[lch]1\.'
-join onetime.one_time_token_states as s
-  on s.user_id = t.user_id and s.token_type = t.token_type and s.token_id = t.id
+join auth.one_time_tokens as t
+  on t.user_id = r.user_id and t.user_id = any (%(user_ids)s::uuid[]) and t.token_hash ~ '^ot[lch]1\.'
+cross join lateral (
+  select s.ttl, s.failed_attempts
+  from onetime.one_time_token_states as s
+  where s.user_id = t.user_id and s.token_type = t.token_type and s.token_id = t.id
+  offset 0
+) as s
 where t.created_at + s.ttl > clock_timestamp() at time zone 'utc'
 order by r.ord, t.token_type

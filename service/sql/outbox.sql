@@ -16,7 +16,8 @@ update onetime.outbox as o
 set message_id = r.message_id, state = 'queued', failure = null, tries = 0, queued_at = clock_timestamp(),
   due_at = clock_timestamp()
 from unnest(%(verification_ids)s::uuid[], %(message_ids)s::uuid[]) as r (verification_id, message_id)
-where o.verification_id = r.verification_id and o.sealed_address is not null
+where o.verification_id = r.verification_id and o.verification_id = any (%(verification_ids)s::uuid[])
+  and o.sealed_address is not null
 returning o.verification_id as id, o.state as delivery_state, o.failure as delivery_failure
 
 -- name: end_mails

@@ -20,6 +20,7 @@ from unnest(
   %(callers)s::text[], %(rpcs)s::text[], %(request_ids)s::uuid[], %(row_ids)s::uuid[], %(answers)s::bytea[]
 ) as request (caller, rpc, request_id, row_id, answer)
 where receipt.request_id = request.request_id
+  and receipt.request_id = any (%(request_ids)s::uuid[])
   and receipt.rpc = request.rpc
   and receipt.caller = request.caller
 
@@ -30,5 +31,6 @@ using unnest(
   %(callers)s::text[], %(rpcs)s::text[], %(request_ids)s::uuid[]
 ) as request (caller, rpc, request_id)
 where receipt.request_id = request.request_id
+  and receipt.request_id = any (%(request_ids)s::uuid[])
   and receipt.rpc = request.rpc
   and receipt.caller = request.caller

@@ -1004,7 +1004,8 @@ func parse() (options, rpc) {
 	flag.Float64Var(&o.seconds, "seconds", 10, "how long to measure")
 	flag.Float64Var(&o.warmup, "warmup", 0, "seconds of calls before that")
 	flag.StringVar(&o.input, "input", "", "`file` of what to present, a line each: a secret (check-link, consume-link), "+
-		"\"user code\" (check-code, consume-code), \"token code\" (verify-code), a token (get-verification)")
+		"\"user code\" (check-code, consume-code), \"token code\" (verify-code), a token (get-verification); the same "+
+		"where a name ends in -id, whose calls have a request_id")
 	flag.BoolVar(&o.again, "again", false,
 		"start the input afresh when it has been used up, though calls spend it: for a server that spends nothing")
 	flag.Int64Var(&o.count, "count", 1000, "how many lines prepare-* writes")
