@@ -178,8 +178,8 @@ async def serve(
         stack.push_async_callback(_cancelled, changes)
         watch = asyncio.create_task(_watch_database(database, health_servicer, ["", *names]))
         stack.push_async_callback(_cancelled, watch)
-        # What is there by now stays: the garbage collector need not look through it again and again. Nor need it come as
-        # often as by default, since hardly anything in a call refers to itself.
+        # What is there by now stays: the garbage collector need not look through it again and again. Nor need it come
+        # as often as by default, since hardly anything in a call refers to itself.
         gc.freeze()
         gc.set_threshold(10_000, 20, 50)
         on_ready(settings.listen)

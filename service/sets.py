@@ -220,8 +220,6 @@ class Sets(Generic[Element, Result]):
         outcomes: Sequence[Outcome[Result]]
         try:
             outcomes = await self._decide([waiting.element for waiting in chosen])
-            if len(outcomes) != len(chosen):
-                raise InternalError(f"{len(outcomes)} outcomes of {len(chosen)} calls")
         except Exception as error:  # noqa: BLE001 - it is raised again, where the calls wait
             late = time.monotonic() - chosen[0].since > LATE_S
             whole = isinstance(error, OnetimeError) and (late or not isinstance(error, StatementFailed))
@@ -235,6 +233,9 @@ class Sets(Generic[Element, Result]):
                         await self._settle(half)
                 return
             outcomes = [error] if len(chosen) == 1 else [copy.copy(error) for _ in chosen]
+        if len(outcomes) != len(chosen):
+            # A bug of ours. Whoever waits must not wait for ever.
+            outcomes = [InternalError() for _ in chosen]
         for waiting, outcome in zip(chosen, outcomes, strict=True):
             if isinstance(outcome, Skipped):
                 self._start(self._alone(waiting))
