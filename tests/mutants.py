@@ -98,13 +98,10 @@ MUTANTS: Final = (
         "A link is looked at without a lock and then deleted, and whoever saw it is told that it is spent.",
         "sql/one_time_tokens.sql",
         (
-            (
-                "  for update of t\n), judged as materialized (\n  select *, created_at",
-                "), judged as materialized (\n  select *, created_at",
-            ),
-            ("where j.expired or t.id is not null\n\n-- name: lock_codes", "\n-- name: lock_codes"),
+            ("  for update of t /* skip locked */\n", ""),
+            ("where j.id is null or j.expired or t.id is not null\n", ""),
         ),
-        (f"{_ONE_OF_MANY}[link]",),
+        ("tests/test_one_time_tokens.py::test_a_link_that_is_spent_while_it_is_waited_for",),
     ),
     Mutant(
         "code-checked-then-deleted",
@@ -125,11 +122,11 @@ MUTANTS: Final = (
         "A verification is looked at without a lock, and used although another caller has used it meanwhile.",
         "sql/email_verification.sql",
         (
-            ("  order by t.id\n  for update of t, s\n", "  order by t.id\n"),
-            ("where t.id = r.id and t.used_at is null and", "where t.id = r.id and"),
-            ("  order by b.user_id\n  for update of b\n", "  order by b.user_id\n"),
+            ("  order by t.id\n  for update of t, s /* skip locked */\n", "  order by t.id\n"),
+            ("case when t.used_at is null and", "case when"),
+            ("    for update of b /* skip locked */\n", ""),
         ),
-        (f"{_ONE_OF_MANY}[email code]",),
+        ("tests/test_email_verification.py::test_a_verification_that_is_used_while_it_is_waited_for",),
     ),
     Mutant(
         "used-at-not-asked",
@@ -152,11 +149,15 @@ MUTANTS: Final = (
         "sql/one_time_tokens.sql",
         (
             (
-                "    s.ttl, s.failed_attempts\n  from request as r\n  join auth.one_time_tokens as t on t.token_hash",
+                "  select r.ord, t.id, t.user_id, t.token_type, t.token_hash\n",
                 (
-                    "    s.ttl, s.failed_attempts, clock_timestamp() at time zone 'utc' as seen\n  from request as r\n"
-                    "  join auth.one_time_tokens as t on t.token_hash"
+                    "  select r.ord, t.id, t.user_id, t.token_type, t.token_hash,\n"
+                    "    clock_timestamp() at time zone 'utc' as seen\n"
                 ),
+            ),
+            (
+                "    s.ttl, s.failed_attempts\n  from found as f\n  join auth.one_time_tokens as t\n",
+                "    s.ttl, s.failed_attempts, f.seen\n  from found as f\n  join auth.one_time_tokens as t\n",
             ),
             (
                 "select *, created_at + ttl <= clock_timestamp() at time zone 'utc' as expired",
@@ -183,7 +184,7 @@ MUTANTS: Final = (
         "sql/email_verification.sql",
         (
             ("l.expires_at <= clock_timestamp() as expired", "l.expires_at <= now() as expired"),
-            ("t.expires_at > clock_timestamp()\nreturning", "t.expires_at > now()\nreturning"),
+            ("t.expires_at > clock_timestamp() end\n", "t.expires_at > now() end\n"),
         ),
         ("tests/test_email_verification.py::test_verification_that_expires_while_it_waits_for_a_lock[right code]",),
     ),
@@ -195,18 +196,17 @@ MUTANTS: Final = (
         (
             (
                 (
-                    "            budgets.charge(self._settings, _spender(row), charged_at),\n"
+                    "            budgets.charge(self._settings, (_spender(row), charged_at)),\n"
                     '            (_QUERIES["charge_codes"], _code_params(row)),\n'
-                    '            *intent.settle(row["id"], charged_at),\n'
                 ),
-                '            *intent.settle(row["id"], charged_at),\n',
+                "",
             ),
             (
                 "        mismatch = CodeMismatch(",
                 (
                     '        wrong = (_QUERIES["charge_codes"], _code_params(row))\n'
-                    "        charge = budgets.charge(self._settings, _spender(row), budgets.name_of_charge(row))\n"
-                    "        await self._database.run(partial(_commit, [charge, wrong]))\n"
+                    "        charge = budgets.charge(self._settings, (_spender(row), budgets.name_of_charge(row)))\n"
+                    "        await self._database.commit(charge, wrong)\n"
                     "        mismatch = CodeMismatch("
                 ),
             ),
@@ -227,12 +227,12 @@ MUTANTS: Final = (
     ),
     Mutant(
         "email-charge-not-committed",
-        "A wrong email code's charge is rolled back by the refusal that it leads to.",
+        "A wrong email code's charge is not committed before its verdict is told, and so is rolled back.",
         "email_verification.py",
         (
             (
-                "            await transaction.commit(\n                budgets.charge(",
-                "            await transaction.fetch_all(\n                budgets.charge(",
+                "        if not right:\n            await transaction.commit(*writes)\n",
+                "        if not right:\n            await transaction.fetch_all(*writes)\n",
             ),
         ),
         (f"tests/test_email_verification.py::{_COUNTED}",),
@@ -335,11 +335,11 @@ MUTANTS: Final = (
         "one_time_tokens.py",
         (
             (
-                "            await transaction.commit(*_charge_nobody(), *intent.drop())",
+                "            await transaction.commit(*_charge_nobody(), *drop(intent))",
                 (
                     "            somebody = (credential.user_id or uuid.UUID(int=0), credential.token_type)\n"
-                    "            charge = budgets.charge(self._settings, somebody, datetime.now().astimezone())\n"
-                    "            await transaction.commit(charge, *_charge_nobody(), *intent.drop())"
+                    "            charge = budgets.charge(self._settings, (somebody, datetime.now().astimezone()))\n"
+                    "            await transaction.commit(charge, *_charge_nobody(), *drop(intent))"
                 ),
             ),
         ),
@@ -360,10 +360,10 @@ MUTANTS: Final = (
         (
             (
                 (
-                    '            budgets.spend(self._settings, (row["user_id"], budgets.EMAIL_VERIFICATION)),\n'
-                    '            (_QUERIES["mark_resent"]'
+                    '            budgets.spend(self._settings, _subject(row["user_id"])),\n'
+                    '            *settle((intent, row["id"], None)),\n'
                 ),
-                '            (_QUERIES["mark_resent"]',
+                '            *settle((intent, row["id"], None)),\n',
             ),
         ),
         ("tests/test_budgets.py::test_resends",),
@@ -374,6 +374,125 @@ MUTANTS: Final = (
         "email_verification.py",
         (("        if wait > timedelta():", "        if wait > timedelta.max:"),),
         ("tests/test_budgets.py::test_resends",),
+    ),
+    # Sets
+    Mutant(
+        "two-of-one-key-in-a-set",
+        "Calls about one thing are decided at the same time.",
+        "sets.py",
+        (("and self._in_use.isdisjoint(waiting.keys):", "and True:"),),
+        ("tests/test_sets.py::test_who_shares_a_key_waits",),
+    ),
+    Mutant(
+        "one-user-twice-in-a-set",
+        "Of wrong codes for one user in a set, each is judged by the budget as it was before, and one of them counted.",
+        "email_verification.py",
+        (
+            ('if row["user_id"] in seen:', "if False:"),
+            ("budgets.charge(self._settings, *charges)", "budgets.charge(self._settings, *dict(charges).items())"),
+        ),
+        ("tests/test_sets.py::test_wrong_codes_for_one_user",),
+    ),
+    Mutant(
+        "locked-link-is-unknown",
+        "A link whose row somebody else has locked is told to be unknown, although nobody knows yet.",
+        "one_time_tokens.py",
+        (('if row is not None and row["id"] is None and not alone:', "if False:"),),
+        ("tests/test_sets.py::test_a_locked_row_holds_up_its_own_call_only[consume-token]",),
+    ),
+    Mutant(
+        "locked-verification-is-unknown",
+        "A verification that somebody else has locked is told to be unknown, although nobody knows yet.",
+        "email_verification.py",
+        ((' or (row is not None and row["skipped"] and not alone):', ":"),),
+        ("tests/test_sets.py::test_a_locked_row_holds_up_its_own_call_only[verify-state]",),
+    ),
+    Mutant(
+        "receipt-of-a-set-not-asked",
+        "A retry that goes in a set is a first try, although an earlier one was answered.",
+        "email_verification.py",
+        (("if guess.intent.earlier(receipt) or (row", "if (row"),),
+        ("tests/test_sets.py::test_each_is_decided_as_if_it_were_alone[verify]",),
+    ),
+    Mutant(
+        "link-of-an-answered-call-spent",
+        "A retry that goes in a set spends its link although its earlier try was answered.",
+        "sql/one_time_tokens.sql",
+        (
+            (
+                "  where r.request_id is null or (\n    select p.retries = 0\n",
+                "  where r.request_id is null or (\n    select true\n",
+            ),
+        ),
+        ("tests/test_sql.py::test_links_whose_receipts_are_answered",),
+    ),
+    Mutant(
+        "error-of-one-told-to-all",
+        "What is refused to one call of a set is refused to all.",
+        "sets.py",
+        (("            outcomes.append(error.with_traceback(None))\n", "            raise\n"),),
+        ("tests/test_sets.py::test_what_one_raises_is_its_outcome",),
+    ),
+    Mutant(
+        "doubtful-set-done-again",
+        "A set of whose COMMIT nobody knows the outcome is decided once more, and a link that it spent is unknown.",
+        "sets.py",
+        (("whole = isinstance(error, OnetimeError) and (late or ", "whole = False and (late or "),),
+        ("tests/test_sets.py::test_a_failure_of_the_database_is_everybodys",),
+    ),
+    Mutant(
+        "late-set-done-again",
+        "A call that waited for a connection and a lock waits for both again, and is cut off in doubt.",
+        "sets.py",
+        (("late = time.monotonic() - chosen[0].since > LATE_S", "late = False"),),
+        ("tests/test_faults.py::test_every_connection_is_in_use",),
+    ),
+    Mutant(
+        "set-not-narrowed-down",
+        "All calls of a set fail with the one that makes it fail.",
+        "sets.py",
+        (("if len(chosen) > 1 and not whole:", "if False:"),),
+        ("tests/test_sets.py::test_a_set_that_fails_is_narrowed_down",),
+    ),
+    Mutant(
+        "receipt-of-a-refused-call-kept",
+        "A call that was refused in a set is taken for answered when it is repeated.",
+        "receipts.py",
+        (('if isinstance(outcome, Exception) and receipt is not None and receipt["retries"] == 0', "if False"),),
+        ("tests/test_sets.py::test_each_is_decided_as_if_it_were_alone[consume]",),
+    ),
+    Mutant(
+        "set-dies-with-a-caller",
+        "One caller who hangs up takes the outcomes of the whole set along.",
+        "sets.py",
+        (("return await asyncio.shield(outcome)", "return await outcome"),),
+        ("tests/test_sets.py::test_who_hangs_up_later_is_decided",),
+    ),
+    Mutant(
+        "gone-and-decided",
+        "A call whose caller hung up while it waited for its set is decided all the same.",
+        "sets.py",
+        (("                self._queue.remove(waiting)\n", "                pass\n"),),
+        ("tests/test_sets.py::test_who_hangs_up_in_the_queue_is_dropped",),
+    ),
+    Mutant(
+        "slow-set-holds-up-all",
+        "While a set waits for a lock, or for its connection, no other one begins.",
+        "sets.py",
+        (
+            (
+                "            passed = True\n            self._prompt = False\n            self._begin()\n",
+                "            passed = False\n",
+            ),
+        ),
+        ("tests/test_sets.py::test_a_slow_set_holds_up_nobody",),
+    ),
+    Mutant(
+        "failure-spoils-statements",
+        "After a trip that failed, a statement is taken for prepared that is not, and fails ever after.",
+        "db.py",
+        (("if self._cut_short:", "if False:"),),
+        ("tests/test_sets.py::test_a_failure_spoils_no_statement",),
     ),
     # Purpose, user, address
     Mutant(
@@ -488,7 +607,7 @@ MUTANTS: Final = (
         "code-compared-by-equality",
         "The servicer compares codes itself, in a time that tells where they differ.",
         "email_verification.py",
-        (("if not equal(code, right_code):", "if code != right_code:"),),
+        (("if equal(guess.code, right_code):", "if guess.code == right_code:"),),
         ("tests/test_crypto.py::test_secrets_are_compared_in_constant_time",),
     ),
     # Retries
@@ -497,8 +616,10 @@ MUTANTS: Final = (
         "Receipts are not kept apart by caller, so that one gets, or blocks, another's answer.",
         "receipts.py",
         (
-            ('return {"callers": [self.caller]', 'return {"callers": [""]'),
-            ('return f"{self.caller}/{self.rpc}', 'return f"{self.rpc}'),
+            (
+                "return self.call.caller, self.call.method, self.request_id",
+                'return "", self.call.method, self.request_id',
+            ),
         ),
         ("tests/test_ownership.py::test_a_receipt_is_its_callers_own",),
     ),
@@ -522,18 +643,243 @@ MUTANTS: Final = (
         "one_time_tokens.py",
         (
             (
-                '        await transaction.commit(*intent.settle(rows[0]["id"], response))',
-                "        await transaction.commit(*intent.drop())",
+                "await transaction.commit(*settle(*spent), *drop_refused(intents, receipts, outcomes))",
+                "await transaction.commit(*drop(*intents))",
             ),
         ),
         ("tests/test_receipts.py::test_repeated_consume_gets_the_same_answer[argon2id first-0]",),
+    ),
+    # Mail
+    Mutant(
+        "mail-not-leased",
+        "A mail that is being sent is due again at once, for another courier.",
+        "sql/outbox.sql",
+        (("due_at = clock_timestamp() + make_interval(secs => %(lease)s)", "due_at = clock_timestamp()"),),
+        ("tests/test_sql.py::test_mails_are_claimed_once_and_for_a_time",),
+    ),
+    Mutant(
+        "mail-not-confirmed",
+        "A mail is sent although its verification was used or cancelled while it was made.",
+        "courier.py",
+        (("return bool(found)", "return True"),),
+        ("tests/test_courier.py::test_no_mail_that_is_on_its_way_for_a_verification_that_is_over",),
+    ),
+    Mutant(
+        "code-sent-when-queued",
+        "A code is said to be sent before any mail server has it.",
+        "sql/email_verification.sql",
+        (
+            (
+                "select id, user_id, token_hash, sealed_code, false, now",
+                "select id, user_id, token_hash, sealed_code, true, now",
+            ),
+        ),
+        ("tests/test_courier.py::test_a_mail_whose_end_is_not_known",),
+    ),
+    Mutant(
+        "code-sent-never",
+        "That the mail server has accepted a mail is not told.",
+        "sql/outbox.sql",
+        (("  set code_sent = true\n", "  set code_sent = false\n"),),
+        ("tests/test_sql.py::test_what_became_of_mails_is_recorded",),
+    ),
+    Mutant(
+        "resend-undone-by-a-late-answer",
+        "What is heard late of a mail is recorded of the one that was queued in its place.",
+        "sql/outbox.sql",
+        (
+            (
+                "where o.verification_id = sent.verification_id and o.message_id = sent.message_id",
+                "where o.verification_id = sent.verification_id",
+            ),
+        ),
+        ("tests/test_sql.py::test_what_became_of_mails_is_recorded",),
+    ),
+    Mutant(
+        "resend-undone-by-a-late-failure",
+        "A mail that is given up late takes the one along that was queued in its place.",
+        "sql/outbox.sql",
+        (
+            (
+                "where o.verification_id = r.verification_id and o.message_id = r.message_id and o.tries = r.tries",
+                "where o.verification_id = r.verification_id",
+            ),
+        ),
+        ("tests/test_sql.py::test_what_became_of_mails_is_recorded",),
+    ),
+    Mutant(
+        "mail-of-a-dead-verification",
+        "A code that cannot be used any more, after too many wrong ones, is mailed.",
+        "sql/outbox.sql",
+        (("  and s.failed_attempts < %(max_attempts)s\n", ""),),
+        ("tests/test_sql.py::test_mails_are_confirmed_while_they_are_wanted",),
+    ),
+    Mutant(
+        "address-kept-after-the-end",
+        "The address stays in the outbox when its verification has been used or cancelled.",
+        "sql/outbox.sql",
+        (
+            (
+                (
+                    "and forget their addresses.\nupdate onetime.outbox as o\n"
+                    "set sealed_address = null, due_at = null,\n"
+                ),
+                "and forget their addresses.\nupdate onetime.outbox as o\nset due_at = null,\n",
+            ),
+        ),
+        ("tests/test_sql.py::test_mails_of_verifications_that_are_over_end",),
+    ),
+    Mutant(
+        "address-in-plain-text",
+        "Addresses lie in the outbox as they are, for whoever gets a dump.",
+        "crypto.py",
+        (
+            (
+                '        return _seal(key, key.address, address.encode(), _frame("address", key.id, row_id.bytes))\n',
+                '        return key.id.encode() + b"." + address.encode()\n',
+            ),
+        ),
+        ("tests/test_crypto.py::test_sealed_address_is_not_to_be_read_or_changed",),
+    ),
+    Mutant(
+        "mail-tried-for-ever",
+        "A mail on which couriers die is tried again and again.",
+        "courier.py",
+        (
+            ('if row["tries"] > self._settings.mail_tries:', "if False:"),
+            ('if not error.permanent and row["tries"] < self._settings.mail_tries:', "if not error.permanent:"),
+        ),
+        ("tests/test_courier.py::test_a_mail_is_given_up",),
+    ),
+    Mutant(
+        "refused-mail-tried-again",
+        "A mail that the server has refused for good is sent again and again.",
+        "smtp.py",
+        (("return self.failure in (ADDRESS_REFUSED, MESSAGE_REFUSED)", "return False"),),
+        ("tests/test_smtp.py::test_what_answers_mean",),
+    ),
+    Mutant(
+        "mail-with-a-name-for-each-try",
+        "A mail that is sent twice, since nobody heard of its end, cannot be told to be the same one.",
+        "courier.py",
+        (
+            (
+                'message_id=row["message_id"],\n            date',
+                'message_id=__import__("uuid").uuid4(),\n            date',
+            ),
+        ),
+        ("tests/test_courier.py::test_a_mail_whose_end_is_not_known",),
+    ),
+    Mutant(
+        "certificate-of-the-mail-server-not-checked",
+        "Codes, and the password, go to whoever answers in the mail server's place.",
+        "smtp.py",
+        (
+            (
+                "        return ssl.create_default_context(cafile=server.ca)\n",
+                (
+                    "        ssl.create_default_context(cafile=server.ca)\n"
+                    "        return ssl._create_unverified_context()\n"
+                ),
+            ),
+        ),
+        ("tests/test_smtp.py::test_a_certificate_that_is_not_right",),
+    ),
+    Mutant(
+        "starttls-optional",
+        "Where somebody in between takes STARTTLS out of the mail server's answer, mail goes in plain text.",
+        "smtp.py",
+        (('start_tls=server.tls == "starttls",', 'start_tls=None if server.tls == "starttls" else False,'),),
+        ("tests/test_smtp.py::test_a_server_without_starttls",),
+    ),
+    Mutant(
+        "html-not-escaped",
+        "What the product is called is HTML to the mail.",
+        "mail.py",
+        (('autoescape=lambda name: name is not None and name.endswith(".html"),', "autoescape=False,"),),
+        ("tests/test_mail.py::test_any_product_and_code_come_out_as_they_went_in",),
+    ),
+    Mutant(
+        "misspelt-variable-is-empty",
+        "What a template shows of something that is not there is nothing, and nobody is told.",
+        "mail.py",
+        (("undefined=jinja2.StrictUndefined,", "undefined=jinja2.Undefined,"),),
+        ("tests/test_mail.py::test_every_fault_is_told_at_once",),
+    ),
+    Mutant(
+        "templates-out-of-their-sandbox",
+        "Whoever may write a template runs code in the service.",
+        "mail.py",
+        (("    return SandboxedEnvironment(\n", "    return jinja2.Environment(\n"),),
+        ("tests/test_mail.py::test_template_stays_in_its_sandbox",),
+    ),
+    Mutant(
+        "line-break-in-a-header",
+        "A product's name ends its header, and begins another one.",
+        "mail.py",
+        (
+            (
+                '    if any(unicodedata.category(character) in {"Cc", "Cs", "Zl", "Zp"} for character in text):\n',
+                "    if False:\n",
+            ),
+        ),
+        ("tests/test_mail.py::test_control_characters_make_no_header",),
+    ),
+    Mutant(
+        "digits-are-look-alikes",
+        "An address of digits is taken for one that deceives, and gets no mail.",
+        "fields.py",
+        (("any(letters and letters <= look_alikes", "any(letters <= look_alikes"),),
+        ("tests/test_fields.py::test_mailbox",),
+    ),
+    Mutant(
+        "smtp-url-quoted",
+        "What is not understood of the mail server's URL is shown, with the password in it.",
+        "config.py",
+        (("        raise ValueError(_RIGHT_SMTP_URL) from None\n", "        raise\n"),),
+        ("tests/test_config.py::test_parse_smtp_url_refuses",),
+    ),
+    # The clean-up
+    Mutant(
+        "sweep-waits-for-a-mail",
+        "A sweep waits for the courier, which has locked the mail of what is swept.",
+        "sql/cleanup.sql",
+        (
+            (
+                (
+                    "  where o.verification_id = any (array(select token.id from token))\n"
+                    "  for update of o skip locked\n"
+                ),
+                "  where o.verification_id = any (array(select token.id from token))\n  for update of o\n",
+            ),
+        ),
+        ("tests/test_cleanup.py::test_locked_rows_are_passed_over[onetime.outbox]",),
+    ),
+    Mutant(
+        "sweep-pairs-rows",
+        "A sweep of many dead rows compares each of them with each, and never comes to its end.",
+        "sql/cleanup.sql",
+        (("set_config('enable_hashjoin', 'on', true)", "set_config('enable_hashjoin', 'off', true)"),),
+        ("tests/test_cleanup.py::test_two_clean_ups_at_once",),
+    ),
+    Mutant(
+        "set-counts-as-one-write",
+        "Under load, when sets are large, the clean-up falls behind what is written.",
+        "cleanup.py",
+        (
+            (
+                "chance(1 - (1 - self._settings.cleanup_probability) ** writes)",
+                "chance(self._settings.cleanup_probability)",
+            ),
+        ),
+        ("tests/test_sets.py::test_the_chance_of_a_clean_up_is_that_of_each_write",),
     ),
     # Callers
     Mutant(
         "others-verifications-found",
         "A caller sees the verifications that others have started.",
         "email_verification.py",
-        (("caller = None if call.permissions.any_caller else call.caller", "caller = None"),),
+        (("None if call.permissions.any_caller else call.caller)", "None)"),),
         ("tests/test_ownership.py::test_a_caller_sees_its_own_verifications",),
     ),
     Mutant(
@@ -653,10 +999,17 @@ MUTANTS: Final = (
     ),
     Mutant(
         "budget-made-and-not-locked",
-        "A clean-up takes an old budget from under the call that asked for it.",
+        "Of sends at once, each sees the budget as it was when it came; a clean-up takes it from under them.",
         "sql/budgets.sql",
         (("do update set purpose = excluded.purpose where false", "do nothing"),),
-        ("tests/test_budgets.py::test_a_budget_that_is_cleaned_away_while_it_is_asked_for",),
+        ("tests/test_budgets.py::test_a_send_that_waits_counts_those_before_it",),
+    ),
+    Mutant(
+        "budgets-of-a-set-not-locked",
+        "A set of sends counts on budgets that other servers are counting on.",
+        "sql/budgets.sql",
+        (("for update of b skip locked\n", ""),),
+        ("tests/test_sql.py::test_budgets_that_somebody_else_has_locked",),
     ),
     Mutant(
         "purge-without-the-budgets",
@@ -680,11 +1033,11 @@ MUTANTS: Final = (
         "one_time_tokens.py",
         (
             (
-                "await self._undoing(intent, judged, self._database.run(partial(_commit, right)))",
-                "await self._database.run(partial(_commit, right))",
+                "await self._undoing(intent, judged, self._database.commit(*right))",
+                "await self._database.commit(*right)",
             ),
         ),
-        ("tests/test_one_time_tokens.py::test_a_failure_after_the_right_code_costs_nothing",),
+        ("tests/test_one_time_tokens.py::test_a_failure_after_the_right_code_costs_nothing[check]",),
     ),
     Mutant(
         "health-needs-admission",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
-from calls import Client, Database, connected, new_id, open_channel, reason, refused, serving, until, wrong
+from calls import Client, Database, connected, ended, new_id, open_channel, reason, refused, serving, until, wrong
 from conftest import PostgresServer, Serve
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -435,6 +435,25 @@ async def test_sends_at_once(clients: tuple[Client, Client], database: Database)
 
 async def _raise(error: BaseException) -> None:
     raise error
+
+
+async def test_a_send_that_waits_counts_those_before_it(client: Client, database: Database) -> None:
+    """A call that waits for the budget sees what was sent meanwhile: of two at once there is no sixth."""
+    user_id = new_id()
+    for call, purpose in ((client.issue, "recovery_token"), (client.start, "email_verification")):
+        for _ in range(4):
+            await call(user_id)
+        with database.transaction():
+            # As another server does it: it locks first, and counts then.
+            of_subject = "where user_id = %s and purpose = %s"
+            database.execute(f"select from onetime.budgets {of_subject} for update", [user_id, purpose])
+            waiting = asyncio.ensure_future(ended(call(user_id)))
+            with connected(database.info.dsn) as observer:
+                await until(lambda observer=observer: _waits_for_a_lock(observer))  # type: ignore[misc]
+            fifth = f"update onetime.budgets set sends = sends || clock_timestamp() {of_subject}"
+            assert database.execute(fifth, [user_id, purpose]).rowcount == 1
+        assert await waiting == "TOO_MANY_SENDS"
+        assert counted(database, user_id, purpose) == (0, 0, 5)
 
 
 async def test_resends(client: Client, database: Database) -> None:

@@ -654,7 +654,7 @@ def shown(
     return callers.identify({"transport_security_type": [b"ssl"], "x509_pem_cert": pem}, authorizations)
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(
     st.lists(
         st.sampled_from([ACCOUNTS, SIGNUP, READER, "billing", "support", "else", "elsewhere"]), unique=True, max_size=4

@@ -16,7 +16,7 @@ from onetime.v1 import one_time_tokens_pb2 as ott
 from psycopg._queries import PostgresQuery
 from psycopg.adapt import Transformer
 
-from service.cleanup import sweep, sweep_all
+from service.cleanup import PAUSE_S, Cleanup, sweep, sweep_all
 from service.config import Settings
 from service.db import Database as Pool
 from service.db import load_queries
@@ -439,12 +439,27 @@ def sweep_params(settings: Settings, blocks: int) -> dict[str, object]:
     }
 
 
-def analysed(database: Database, query: str, params: Mapping[str, object]) -> Mapping[str, Any]:
-    """Run a statement, undo it, and return its plan with what it has really done."""
+def analysed(database: Database, query: str, params: Mapping[str, object], *, sweep: bool = False) -> Mapping[str, Any]:
+    """Run a statement as the service does, undo it, and return its plan with what it has really done."""
     with database.transaction(force_rollback=True):
+        limits = {"statement_timeout": "60000", "lock_timeout": "0", "idle_timeout": "0"}
+        database.execute(load_queries("db")["configure_session"], limits)
+        if sweep:
+            database.execute(load_queries("cleanup")["join_by_hash"])
         ((row,),) = [database.execute(f"explain (analyze, buffers, format json)\n{query}", params).fetchall()]
     plan: Mapping[str, Any] = row["QUERY PLAN"][0]["Plan"]
     return plan
+
+
+def compared(plan: Mapping[str, Any]) -> int:
+    """Return how many rows, and pairs of rows, a statement has looked at."""
+    return int(
+        sum(
+            (node["Actual Rows"] + node.get("Rows Removed by Join Filter", 0) + node.get("Rows Removed by Filter", 0))
+            * node["Actual Loops"]
+            for node in nodes(plan)
+        )
+    )
 
 
 def blocks_read(plan: Mapping[str, Any]) -> int:
@@ -456,17 +471,19 @@ def blocks_read(plan: Mapping[str, Any]) -> int:
 def test_a_sweep_costs_the_same_in_a_large_table(
     large: Database, database: Database, defaults: Settings, table: LiteralString
 ) -> None:
-    """What a sweep reads does not depend on a table's size, nor on that of the tables beside it."""
+    """What a sweep reads does not depend on a table's size, nor on that of the tables beside it; no rows are paired."""
     fill(database, MANY // 20, expired="n % 2 = 0")
     database.execute(ANALYSE)
     query, params = load_queries("cleanup")[SWEEPS[table]], sweep_params(defaults, 64)
-    plans = [analysed(each, query, params) for each in (database, large)]
+    plans = [analysed(each, query, params, sweep=True) for each in (database, large)]
     small_cost, large_cost = map(blocks_read, plans)
     # Twenty times the rows, and one level more of an index.
     assert large_cost <= 2.5 * small_cost
     assert read_whole(plans[1]) == set()
     # The range itself, and a few blocks of an index and a table for each of its rows.
-    assert large_cost <= 64 + 12 * rows_in_blocks(large, table, 64)
+    rows = rows_in_blocks(large, table, 64)
+    assert large_cost <= 64 + 12 * rows
+    assert compared(plans[1]) <= 20 * rows
 
 
 def hot_params(database: Database, stem: str, settings: Settings) -> list[dict[str, object]]:
@@ -527,10 +544,11 @@ def hot_params(database: Database, stem: str, settings: Settings) -> list[dict[s
             "callers": ["tests"],
             "deliveries": ["return_code"],
             "sealed_codes": ["123456"],
+            "request_ids": [request_id],
         }
-        for row_id, user_id, token_hash in (
-            (found["id"], found["user_id"], found[digest]),
-            (uuid.uuid4(), uuid.uuid4(), unknown),
+        for row_id, user_id, token_hash, request_id in (
+            (found["id"], found["user_id"], found[digest], None),
+            (uuid.uuid4(), uuid.uuid4(), unknown, uuid.uuid4()),
         )
     ]
     by_address = [made[0] | {"user_ids": [None], "relates_to": [address]} for address in ("7@example.org", "nobody")]
@@ -592,18 +610,43 @@ def runs(server: OnetimeServer, outcome: str) -> float:
     return metric(server, f'onetime_cleanup_runs_total{{outcome="{outcome}"}}')
 
 
-async def test_about_one_write_in_ten_starts_a_clean_up(serve: Serve, migrated_url: str) -> None:
-    """With the default chance, a thousand writes start about a hundred runs, and reads none."""
+def sweeping() -> set[asyncio.Task[object]]:
+    """Return the sweeps that are under way in this process."""
+    return {task for task in asyncio.all_tasks() if "Cleanup._run" in repr(task.get_coro())}
+
+
+async def test_about_one_write_in_ten_starts_a_clean_up(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the default chance, a thousand writes start about a hundred runs; while one is under way, none does."""
+    monkeypatch.setattr("service.cleanup.PAUSE_S", 0)
+    cleanup = Cleanup(settings)
+    await cleanup.open()
+    started = 0
+    async with asyncio.timeout(TIMEOUT_S):
+        for _ in range(1000):
+            cleanup.maybe(1)
+            if under_way := sweeping():
+                started += 1
+                cleanup.maybe(1000)
+                assert len(under_way) == 1
+                assert sweeping() == under_way
+                await asyncio.gather(*under_way)
+    await cleanup.close()
+    # 100 give or take four sigmas.
+    assert 62 <= started <= 138
+
+
+async def test_clean_ups_are_started_by_writes_and_pause(serve: Serve, migrated_url: str) -> None:
+    """Writes start runs, a second apart at the least, however many writes there are; reads start none."""
     async with serve(migrated_url, cleanup_probability=None, drain_delay="0s") as server, server.channel() as channel:
         client = Client(channel)
         for _ in range(100):
             await client.list(new_id())
         assert runs(server, "done") == 0
-        for _ in range(1000):
-            await client.revoke(new_id())
-        await _settled(server)
-        # 100 give or take four sigmas; and while a run is under way, a write starts none.
-        assert 40 <= runs(server, "done") <= 138
+        begin = time.monotonic()
+        async with asyncio.timeout(TIMEOUT_S):
+            while runs(server, "done") < 3:
+                await asyncio.gather(*(client.revoke(new_id()) for _ in range(20)))
+        assert runs(server, "done") - 1 <= (time.monotonic() - begin) / PAUSE_S
         assert runs(server, "failed") == 0
 
 
@@ -634,9 +677,10 @@ async def test_a_failing_clean_up_fails_no_call(serve: Serve, migrated_url: str)
                 database.execute("lock table onetime.sweep_cursors in access exclusive mode")
                 for _ in range(5):
                     await client.consume(await client.issue(digits=6))
-            await client.issue()
-            await _settled(server)
-            assert runs(server, "done") > 0
+            async with asyncio.timeout(TIMEOUT_S):
+                # Not at once: from one run to the next there is a pause.
+                while not runs(server, "done"):
+                    await client.issue()
         lines = [json.loads(line) for line in server.log.read_text("utf-8").splitlines()]
     assert {line["event"] for line in lines if line["level"] in ("ERROR", "WARNING")} == {"clean-up failed"}
 

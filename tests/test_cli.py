@@ -407,6 +407,7 @@ def test_doctor_finds_nothing_wrong(migrated_url: str, keys_file: Path) -> None:
             "callers",
             "limits",
             "operation",
+            "mail",
         },
         "warn": set(),
         "fail": set(),

@@ -17,6 +17,7 @@ from calls import (
     clock,
     connected,
     contents,
+    ended,
     expire,
     mail_row,
     moment,
@@ -318,6 +319,20 @@ async def test_verification_that_expires_while_it_waits_for_a_lock(
         call = asyncio.create_task(reason(client.verify(started, wrong(started.code, by=by))))
         await until(lambda: verification_row(database, started)["expires_at"] <= clock(database))
     assert await call == "TOKEN_EXPIRED"
+
+
+async def test_a_verification_that_is_used_while_it_is_waited_for(
+    client: Client, database: Database, migrated_url: str
+) -> None:
+    """Whoever waits for the row of a verification finds it used, once the one before has used it."""
+    started = await client.start()
+    with connected(migrated_url) as other, other.transaction():
+        used = "update public.email_verification_tokens set used_at = now() where id = %s"
+        assert other.execute(used, [started.verification.id]).rowcount == 1
+        call = asyncio.create_task(ended(client.verify(started)))
+        waiting = "select from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'"
+        await until(lambda: database.execute(waiting).rowcount > 0)
+    assert await call == "TOKEN_USED"
 
 
 async def test_cancelling(client: Client, database: Database) -> None:

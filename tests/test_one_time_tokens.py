@@ -16,6 +16,7 @@ from calls import (
     connected,
     consume_request,
     contents,
+    ended,
     expire,
     memory_limited,
     moment,
@@ -347,6 +348,21 @@ async def test_token_that_expires_while_it_waits_for_a_lock(
         call = asyncio.create_task(reason(coder.consume(issued)))
         await until(lambda: _expired(database, issued))
     assert await call == "TOKEN_EXPIRED"
+
+
+async def test_a_link_that_is_spent_while_it_is_waited_for(
+    client: Client, database: Database, migrated_url: str
+) -> None:
+    """Whoever waits for the row of a link finds nothing, once the one before has deleted it."""
+    issued = await client.issue()
+    with connected(migrated_url) as other, other.transaction():
+        assert other.execute("delete from auth.one_time_tokens where id = %s", [issued.token.id]).rowcount == 1
+        call = asyncio.create_task(ended(client.consume(issued)))
+        await until(lambda: database.execute(_WAITING).rowcount > 0)
+    assert await call == "TOKEN_NOT_FOUND"
+
+
+_WAITING: Final = "select from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'"
 
 
 def _expired(database: Database, issued: pb.IssueTokenResponse) -> bool:

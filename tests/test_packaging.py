@@ -22,7 +22,7 @@ from service import config
 ROOT = Path(__file__).parent.parent
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 
-LICENCES = {"MIT", "MIT-0", "BSD-2-Clause", "BSD-3-Clause", "Apache-2.0", "PSF-2.0", "LGPL-3.0-only"}
+LICENCES = {"MIT", "MIT-0", "BSD-2-Clause", "BSD-3-Clause", "Apache-2.0", "PSF-2.0", "ISC", "LGPL-3.0-only"}
 """What the packages that are served with may be under. LGPL: psycopg, used as it is, as a library."""
 
 OLD_NAMES = {
@@ -415,11 +415,11 @@ def test_make_tells_its_targets(checkout: Path) -> None:
     done = make(checkout)
     assert done.returncode == 0, done.stderr
     listed = re.findall(r"^  make (\w+) +\S", done.stdout, re.MULTILINE)
-    assert listed == ["help", "serve", "test", "fuzz", "timing", "check", "generate", "lock", "clean"]
+    assert listed == ["help", "serve", "test", "fuzz", "timing", "bench", "check", "generate", "lock", "clean"]
     assert not (checkout / ".venv").exists()
 
 
-@pytest.mark.parametrize("target", ["serve", "test", "fuzz", "timing", "check", "generate", "lock", "clean"])
+@pytest.mark.parametrize("target", ["serve", "test", "fuzz", "timing", "bench", "check", "generate", "lock", "clean"])
 def test_make_can_tell_what_it_would_do(checkout: Path, target: str) -> None:
     """`make -n` prints the commands of a target and runs none."""
     done = make(checkout, "-n", target)

@@ -727,7 +727,7 @@ def test_nothing_else_spends() -> None:
     using = {name for name, text in statements.items() if re.search(r"set[^;]*\bused_at =", text)}
     assert using == {"use_verifications"}
     assert (
-        "t.used_at is null and t.deleted_at is null and t.expires_at > clock_timestamp()"
+        "case when t.used_at is null and t.deleted_at is null then t.expires_at > clock_timestamp() end"
         in statements["use_verifications"]
     )
     removing = {name for name, text in statements.items() if "delete from public.email_verification_tokens" in text}

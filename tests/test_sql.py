@@ -16,7 +16,7 @@ from psycopg.adapt import Transformer
 from psycopg.pq import ExecStatus
 from psycopg.rows import DictRow, dict_row
 
-from service.db import load_queries
+from service.db import load_queries, skipping_locked
 from service.migrations import migrate
 
 SERVICE: Final = Path(__file__).parent.parent / "service"
@@ -48,6 +48,13 @@ def run(database: Database, stem: str, name: str, **params: object) -> list[Dict
 def by_ord(rows: Sequence[DictRow]) -> Mapping[int, DictRow]:
     """Return the answers by the elements that they answer, of which none has two."""
     answers = {row["ord"]: row for row in rows}
+    assert len(answers) == len(rows)
+    return answers
+
+
+def by_id(rows: Sequence[DictRow]) -> Mapping[uuid.UUID, DictRow]:
+    """Return the answers of what is made or changed by its id, of which none has two."""
+    answers = {row["id"]: row for row in rows}
     assert len(answers) == len(rows)
     return answers
 
@@ -153,8 +160,7 @@ def tokens(database: Database, *forms: str) -> list[Token]:
         Token(uuid.uuid4(), uuid.uuid4(), RECOVERY, f"{form}.{KEY}.{uuid.uuid4()}", f"{uuid.uuid4()}@example.org")
         for form in forms
     ]
-    rows = issue(database, made)
-    assert by_ord(rows).keys() == set(range(1, len(made) + 1))
+    assert by_id(issue(database, made)).keys() == {token.id for token in made}
     return made
 
 
@@ -217,10 +223,16 @@ def test_issue_tokens(database: Database) -> None:
         Token(uuid.uuid4(), theirs.user_id, RECOVERY, f"otl1.{KEY}.2", "theirs@example.org"),
         Token(uuid.uuid4(), old.user_id, "phone_change_token", f"otc1.{KEY}.3", "+123"),
     ]
-    answers = by_ord(issue(database, fresh))
-    assert [answers[n]["id"] for n in (1, 2, 3)] == [token.id for token in fresh]
-    assert all(answers[n]["failed_attempts"] == 0 for n in answers)
-    assert all((row["expire_time"] - row["create_time"]).total_seconds() == 900 for row in answers.values())
+    answers = by_id(issue(database, fresh))
+    assert {
+        token_id: Token(token_id, row["user_id"], row["token_type"], row["token_hash"], row["relates_to"])
+        for token_id, row in answers.items()
+    } == {token.id: token for token in fresh}
+    assert all(row["failed_attempts"] == 0 and row["create_time"] == row["update_time"] for row in answers.values())
+    states = database.execute("select token_id, ttl, failed_attempts, caller from onetime.one_time_token_states")
+    assert {row["token_id"]: tuple(row.values())[1:] for row in states} == {
+        token.id: (timedelta(seconds=900), 0, "tests") for token in (*fresh, kept)
+    }
     assert left(database, *fresh, kept, old, theirs) == [True, True, True, True, False, False]
 
 
@@ -245,12 +257,17 @@ def test_refresh_tokens(database: Database) -> None:
 
 
 def links(*presented: Token | tuple[str, str]) -> dict[str, object]:
-    """Return the parameters for links, each with an ord of its own; a pair is a type and what may be stored."""
+    """Return the parameters for links, each with an ord of its own; a pair is a type and what may be stored.
+
+    None has a request_id.
+    """
     pairs = [(each.token_type, each.token_hash) if isinstance(each, Token) else each for each in presented]
     return {
         "ords": list(range(1, len(pairs) + 1)),
         "token_types": [token_type for token_type, _ in pairs],
         "token_hashes": [token_hash for _, token_hash in pairs],
+        "callers": ["tests"] * len(pairs),
+        "request_ids": [None] * len(pairs),
     }
 
 
@@ -295,6 +312,42 @@ def test_a_link_under_several_keys(database: Database) -> None:
     (token,) = tokens(database, "otl1")
     params = links((RECOVERY, "otl1.k1.other"), token) | {"ords": [1, 1]}
     assert by_ord(run(database, "one_time_tokens", "consume_links", **params))[1]["id"] == token.id
+
+
+def test_a_link_that_somebody_else_has_locked(database: Database) -> None:
+    """Where locks are passed over, what is locked gets an answer without an id, and its neighbours are spent."""
+    held, late, other = tokens(database, "otl1", "otl1", "otl1")
+    expire(database, late)
+    consume = skipping_locked(load_queries("one_time_tokens")["consume_links"])
+    params = links(held, (RECOVERY, f"otl1.{KEY}.unknown"), late, other)
+    with connected(_url_of(database)) as somebody, somebody.transaction():
+        lock = "select from auth.one_time_tokens where id = %s for update"
+        assert somebody.execute(lock, [held.id]).rowcount == 1
+        answers = by_ord(database.execute(consume, params).fetchall())
+    assert {n: (row["id"], row["expired"]) for n, row in answers.items()} == {
+        1: (None, None),
+        3: (late.id, True),
+        4: (other.id, False),
+    }
+    assert left(database, held, late, other) == [True, True, False]
+
+
+def test_links_whose_receipts_are_answered(database: Database) -> None:
+    """What has a request_id is spent only if this transaction has made its receipt: none that a retry has found."""
+    first, retried, other_rpc, other_caller, none = tokens(database, *["otl1"] * 5)
+    request_ids = [uuid.uuid4() for _ in range(5)]
+
+    def claim(caller: str, rpc: str, *of: uuid.UUID) -> None:
+        params = {"callers": [caller] * len(of), "rpcs": [rpc] * len(of), "request_ids": list(of)}
+        run(database, "receipts", "claim_receipts", **params, fingerprints=["f"] * len(of))
+
+    claim("tests", "ConsumeToken", *request_ids[:2])
+    claim("tests", "ConsumeToken", request_ids[1])
+    claim("tests", "IssueToken", request_ids[2])
+    claim("somebody-else", "ConsumeToken", request_ids[3])
+    params = links(first, retried, other_rpc, other_caller, none) | {"request_ids": request_ids}
+    assert by_ord(run(database, "one_time_tokens", "consume_links", **params)).keys() == {1}
+    assert left(database, first, retried, other_rpc, other_caller, none) == [False, True, True, True, True]
 
 
 def codes(*presented: tuple[Token | uuid.UUID | str, str]) -> dict[str, object]:
@@ -459,8 +512,8 @@ class Verification:
     token_hash: str
 
 
-def start(database: Database, user_ids: Sequence[uuid.UUID], ttl: float = 900.0) -> list[tuple[Verification, bool]]:
-    """Start verifications in one statement, and tell which there are."""
+def start(database: Database, user_ids: Sequence[uuid.UUID], ttl: float = 900.0) -> list[Verification]:
+    """Start verifications in one statement."""
     made = [Verification(uuid.uuid4(), f"ev1.{KEY}.{uuid.uuid4().hex * 4}") for _ in user_ids]
     count = len(made)
     rows = run(
@@ -475,28 +528,32 @@ def start(database: Database, user_ids: Sequence[uuid.UUID], ttl: float = 900.0)
         callers=["tests"] * count,
         deliveries=["return_code"] * count,
     )
-    answers = by_ord(rows)
-    assert all(row["id"] == made[n - 1].id for n, row in answers.items())
-    return [(each, n in answers) for n, each in enumerate(made, start=1)]
+    answers = by_id(rows)
+    assert {row_id: row["user_id"] for row_id, row in answers.items()} == {
+        each.id: user_id for each, user_id in zip(made, user_ids, strict=True)
+    }
+    return made
 
 
 def verifications(database: Database, count: int) -> list[Verification]:
     """Start verifications, each of a user of its own."""
     users = [uuid.uuid4() for _ in range(count)]
     run(database, "email_verification", "add_users", user_ids=users)
-    started = start(database, users)
-    assert all(there for _, there in started)
-    return [each for each, _ in started]
+    return start(database, users)
 
 
 def test_start_verifications(database: Database) -> None:
-    """Verifications started together: an unknown user gets none, and nobody else notices."""
+    """Verifications started together: who is known is told before, and with an unknown user among them none is."""
     known = [uuid.uuid4(), uuid.uuid4()]
     # Twice in one set, and known already the second time.
     run(database, "email_verification", "add_users", user_ids=[known[0], known[0]])
     run(database, "email_verification", "add_users", user_ids=known)
-    started = start(database, [known[0], uuid.uuid4(), known[1], known[0]])
-    assert [there for _, there in started] == [True, False, True, True]
+    asked = [known[0], uuid.uuid4(), known[1], known[0]]
+    found = run(database, "email_verification", "find_users", user_ids=asked)
+    assert sorted(row["id"] for row in found) == sorted(known)
+    with pytest.raises(psycopg.errors.ForeignKeyViolation):
+        start(database, asked)
+    start(database, [known[0], known[1], known[0]])
     counts = (
         "select (select count(*) from public.email_verification_tokens) as tokens,"
         " (select count(*) from onetime.email_verification_states) as states"
@@ -530,13 +587,42 @@ def test_find_and_lock_verifications(database: Database, name: str) -> None:
         assert {n: (row["id"], row["expired"]) for n, row in answers.items()} == seen
 
 
+def test_verifications_that_somebody_else_has_locked(database: Database) -> None:
+    """Where locks are passed over, what is locked, or has a budget that is, is told as skipped, and no neighbour is."""
+    held, of_budget, with_budget, without = verifications(database, 4)
+    rows = database.execute("select id, user_id from public.email_verification_tokens")
+    users = {row["id"]: row["user_id"] for row in rows}
+    budgets: dict[str, object] = {
+        "user_ids": [users[of_budget.id], users[with_budget.id]],
+        "purposes": ["email_verification"] * 2,
+    }
+    run(database, "budgets", "make_budgets", **budgets)
+    lock = skipping_locked(load_queries("email_verification")["lock_verifications"])
+    asked = [held.id, of_budget.id, uuid.uuid4(), with_budget.id, without.id]
+    params = {"ords": [1, 2, 3, 4, 5], "ids": asked, "token_hashes": [None] * 5, "callers": [None] * 5}
+    with connected(_url_of(database)) as somebody, somebody.transaction():
+        states = "select from onetime.email_verification_states where id = %s for update"
+        assert somebody.execute(states, [held.id]).rowcount == 1
+        budget = "select from onetime.budgets where user_id = %s for update"
+        assert somebody.execute(budget, [users[of_budget.id]]).rowcount == 1
+        answers = by_ord(database.execute(lock, params).fetchall())
+    assert {n: (row["id"], row["skipped"], row["token_hash"]) for n, row in answers.items()} == {
+        1: (held.id, True, None),
+        2: (of_budget.id, True, of_budget.token_hash),
+        4: (with_budget.id, False, with_budget.token_hash),
+        5: (without.id, False, without.token_hash),
+    }
+    assert answers[4]["failures"] == []
+    assert answers[5]["failures"] is None
+
+
 def test_use_verifications(database: Database) -> None:
     """Verifications spent together: none that is used, cancelled, expired or unknown, and none twice."""
     one, used, cancelled, late, other = verifications(database, 5)
     for column, each in (("used_at", used), ("deleted_at", cancelled), ("expires_at", late)):
         database.execute(f"update public.email_verification_tokens set {column} = now() where id = %s", [each.id])
     ids = [one.id, used.id, cancelled.id, late.id, uuid.uuid4(), other.id]
-    assert by_ord(run(database, "email_verification", "use_verifications", ids=ids)).keys() == {1, 6}
+    assert by_id(run(database, "email_verification", "use_verifications", ids=ids)).keys() == {one.id, other.id}
     assert run(database, "email_verification", "use_verifications", ids=ids) == []
     (third,) = verifications(database, 1)
     assert len(run(database, "email_verification", "use_verifications", ids=[third.id, third.id])) == 1
@@ -623,6 +709,40 @@ def test_budgets(database: Database) -> None:
     rows = budget_rows(database)
     assert [len(rows[subject]["failures"]) for subject in (first, *others)] == [1, 1, 2]
     assert [rows[subject]["failures_in_a_row"] for subject in (first, *others)] == [1, 0, 0]
+
+
+def test_budgets_that_somebody_else_has_locked(database: Database) -> None:
+    """Budgets made for a set are there for all; those that are locked elsewhere get no answer, and nobody waits."""
+    user_ids = [uuid.uuid4() for _ in range(3)]
+    subjects: dict[str, object] = {"user_ids": user_ids, "purposes": ["a", "b", "c"]}
+    run(database, "budgets", "make_budgets", user_ids=user_ids[:2], purposes=["a", "b"])
+    run(database, "budgets", "spend_sends", user_ids=user_ids[:1], purposes=["a"], keep=4)
+    run(database, "budgets", "make_budgets", **subjects)
+    assert {subject: len(row["sends"]) for subject, row in budget_rows(database).items()} == {
+        (user_ids[0], "a"): 1,
+        (user_ids[1], "b"): 0,
+        (user_ids[2], "c"): 0,
+    }
+    with connected(_url_of(database)) as somebody, connected(_url_of(database)) as third:
+        with somebody.transaction():
+            somebody.execute("select from onetime.budgets where user_id = %s for update", [user_ids[1]])
+            with third.transaction():
+                free = run(third, "budgets", "lock_free_budgets", **subjects)
+                assert {(row["user_id"], row["purpose"], len(row["sends"])) for row in free} == {
+                    (user_ids[0], "a", 1),
+                    (user_ids[2], "c", 0),
+                }
+                assert run(database, "budgets", "lock_free_budgets", **subjects) == []  # they are locked
+        assert len(run(database, "budgets", "lock_free_budgets", **subjects)) == 3
+
+
+def test_impatience_ends_with_its_transaction(database: Database) -> None:
+    """The short wait for locks is that of one transaction, and no setting of the session."""
+    (before,) = database.execute("show lock_timeout")
+    with database.transaction():
+        run(database, "db", "be_impatient", lock_timeout="77")
+        assert database.execute("show lock_timeout").fetchone() == {"lock_timeout": "77ms"}
+    assert database.execute("show lock_timeout").fetchone() == before
 
 
 # Receipts, as sets

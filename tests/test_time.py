@@ -221,11 +221,12 @@ def test_one_time_tokens_live_for_their_lifetime(database: Database, zone: str, 
         ttls=[ttl.total_seconds()] * 2,
         callers=["tests"] * 2,
     )
-    assert {(row["create_time"], row["expire_time"]) for row in rows} == {(issued, expiry)}
+    assert {(row["create_time"], row["update_time"]) for row in rows} == {(issued, issued)}
     stored = database.execute("select created_at, updated_at from auth.one_time_tokens").fetchall()
     assert all(set(row.values()) == {issued.replace(tzinfo=None)} for row in stored)
 
     presented = {"ords": [1, 2], "token_types": types, "token_hashes": hashes}
+    unnamed = {"callers": ["tests"] * 2, "request_ids": [None] * 2}
     typed = {"ords": [1], "token_types": types[:1], "user_ids": users[1:], "relates_to": [None]}
     of_users = {"ords": [1, 2], "user_ids": users, "token_types": types}
     sweep = {"first": "(0,0)", "end": "(9,0)", "longest_ttl": timedelta(days=7).total_seconds()}
@@ -233,7 +234,7 @@ def test_one_time_tokens_live_for_their_lifetime(database: Database, zone: str, 
         live = instant < expiry
         with database.transaction(force_rollback=True):
             found = run_at(database, instant, "one_time_tokens", "find_links", **presented)
-            assert [row["expired"] for row in found] == [not live] * 2
+            assert [(row["expired"], row["expire_time"]) for row in found] == [(not live, expiry)] * 2
             (guessed,) = run_at(database, instant, "one_time_tokens", "lock_codes", **typed)
             assert guessed["expired"] is not live
             (pending,) = run_at(database, instant, "one_time_tokens", "find_codes", ids=ids[1:])
@@ -243,7 +244,7 @@ def test_one_time_tokens_live_for_their_lifetime(database: Database, zone: str, 
             refreshed = run_at(database, instant, "one_time_tokens", "refresh_tokens", ids=ids, token_hashes=hashes)
             assert [row["expired"] for row in refreshed] == [not live] * 2
         with database.transaction(force_rollback=True):
-            spent = run_at(database, instant, "one_time_tokens", "consume_links", **presented)
+            spent = run_at(database, instant, "one_time_tokens", "consume_links", **presented, **unnamed)
             assert [row["expired"] for row in spent] == [not live] * 2
         with database.transaction(force_rollback=True):
             spent = run_at(database, instant, "one_time_tokens", "consume_codes", ids=ids, token_hashes=hashes)
