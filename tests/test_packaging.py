@@ -22,12 +22,23 @@ from service import config
 ROOT = Path(__file__).parent.parent
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 
-LICENCES = {"MIT", "MIT-0", "BSD-2-Clause", "BSD-3-Clause", "Apache-2.0", "PSF-2.0", "ISC", "LGPL-3.0-only"}
+LICENCES = {
+    "MIT",
+    "MIT-0",
+    "ISC",
+    "Unlicense",
+    "BSD-2-Clause",
+    "BSD-3-Clause",
+    "Apache-2.0",
+    "PSF-2.0",
+    "LGPL-3.0-only",
+}
 """What the packages that are served with may be under. LGPL: psycopg, used as it is, as a library."""
 
 OLD_NAMES = {
     "MIT License": "MIT",
     "3-Clause BSD License": "BSD-3-Clause",
+    "License :: OSI Approved :: BSD License": "BSD-3-Clause",  # of Jinja: its text has three clauses
 }
 """What some packages still say instead of an SPDX expression."""
 
@@ -109,7 +120,8 @@ def test_licences_allow_what_we_do() -> None:
     """Every package that is served with has a licence that we know and can keep."""
     for name in locked("serve"):
         metadata = importlib.metadata.metadata(name)
-        said = str((metadata.get_all("License-Expression") or metadata.get_all("License") or [""])[0])
+        classifiers = [each for each in metadata.get_all("Classifier") or [] if each.startswith("License ::")]
+        said = str((metadata.get_all("License-Expression") or metadata.get_all("License") or classifiers or [""])[0])
         names = {OLD_NAMES.get(said, each) for each in re.split(" (?:AND|OR) ", said)}
         assert names <= LICENCES, f"{name}: {said!r}"
 
