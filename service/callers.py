@@ -93,6 +93,10 @@ class Callers:
         """Return the callers that the policy in force names."""
         return tuple(self._policy.permissions)
 
+    def with_send_email(self) -> list[str]:
+        """Return the callers that may have codes mailed."""
+        return [name for name, permissions in self._policy.permissions.items() if permissions.send_email]
+
     def identify(
         self, connection: Mapping[str, Iterable[bytes]], authorizations: Sequence[str]
     ) -> tuple[str, Permissions]:

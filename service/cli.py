@@ -693,8 +693,10 @@ async def _send_sample(settings: Settings, server: MailServer, message: Any, to:
         transport = smtp.Transport(server, sender=settings.mail_from)
     except ValueError as error:
         raise SettingsError([f"smtp_url: {error}"]) from None
-    await transport.send(message, to=to, wanted=wanted)
-    await transport.close()
+    try:
+        await transport.send(message, to=to, wanted=wanted)
+    finally:
+        await transport.close()
 
 
 # keys

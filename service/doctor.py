@@ -168,6 +168,10 @@ def _policy(settings: Settings, files: app.Files) -> Iterator[Finding]:
     if files.callers is not None:
         by = "certificate or API key" if settings.tls_client_ca else "API key"
         yield Finding("callers", "ok", f"{_counted(len(files.callers.names()), 'caller')}, known by {by}")
+        mailing = files.callers.with_send_email()
+        if mailing and settings.smtp_url is None:
+            text = f"{', '.join(mailing)} may have codes mailed, and there is no mail server"
+            yield Finding("mail", "warn", text, f"set {option_of('smtp_url')}, or take send_email out of the policy")
     if files.certificate is not None:
         left = files.certificate.not_after - datetime.now(UTC)
         text = f"the certificate expires at {files.certificate.not_after:%Y-%m-%d %H:%M} UTC"

@@ -1,5 +1,7 @@
 import asyncio
 import contextlib
+import email
+import email.policy
 import json
 import os
 import re
@@ -20,6 +22,7 @@ import psycopg
 import pytest
 from conftest import OnetimeServer, PostgresServer, Serve, clean_environment, free_port
 from google.protobuf import json_format
+from mailserver import MailServer
 from onetime.v1 import email_verification_pb2, one_time_tokens_pb2, one_time_tokens_pb2_grpc
 from psycopg import sql
 
@@ -39,6 +42,9 @@ COMMANDS = [
     ("unlock",),
     ("doctor",),
     ("health",),
+    ("mail",),
+    ("mail", "preview"),
+    ("mail", "test"),
     ("keys",),
     ("keys", "init"),
     ("keys", "list"),
@@ -94,7 +100,15 @@ def test_help_teaches(command: tuple[str, ...]) -> None:
     text = done(*command, "--help")
     assert text.startswith(f"Usage: onetime {' '.join(command)}".rstrip())
     assert text == done(*command, "-h")
-    if command not in ((), ("keys",), ("keys", "list"), ("keys", "add"), ("keys", "switch"), ("keys", "retire")):
+    if command not in (
+        (),
+        ("mail",),
+        ("keys",),
+        ("keys", "list"),
+        ("keys", "add"),
+        ("keys", "switch"),
+        ("keys", "retire"),
+    ):
         assert re.search(r"\n  Examples?:\n    .*onetime ", text)
 
 
@@ -168,6 +182,69 @@ async def test_health_asks_a_running_server(server: OnetimeServer) -> None:
     assert await asyncio.to_thread(done, "health", "--listen", server.target) == "SERVING\n"
     told = await asyncio.to_thread(refused, "health", "--listen", f"127.0.0.1:{free_port()}")
     assert "UNAVAILABLE" in told
+
+
+# mail
+
+
+def test_mails_can_be_looked_at(tmp_path: Path) -> None:
+    """The mails of all languages, or of one, are written as they would be sent."""
+    out = tmp_path / "mails"
+    told = done("mail", "preview", "--out", str(out), mail_product="Example", mail_from="no-reply@example.com")
+    languages = {path.stem for path in out.iterdir()}
+    assert {"en", "de", "fr"} <= languages
+    assert {path.name for path in out.iterdir()} == {
+        f"{language}{suffix}" for language in languages for suffix in (".eml", ".html", ".txt")
+    }
+    assert "123456 is your Example code" in told
+    message = email.message_from_bytes((out / "de.eml").read_bytes(), policy=email.policy.default)
+    assert message["From"] == "Example <no-reply@example.com>"
+    assert message["Content-Language"] == "de"
+    assert "123456" in (out / "de.html").read_text("utf-8")
+    assert "123456" in (out / "de.txt").read_text("utf-8")
+    one = done("mail", "preview", "--locale", "pt-BR", "--out", str(tmp_path / "one"))
+    assert "pt.eml" in one
+    assert len(list((tmp_path / "one").iterdir())) == 3
+
+
+def test_templates_that_are_not_right_are_told(tmp_path: Path) -> None:
+    """Every fault at once, by its file, and nothing is written."""
+    (tmp_path / "xx").mkdir()
+    (tmp_path / "xx" / "subject.txt").write_text("{{ kode }}", "utf-8")
+    told = refused("mail", "preview", "--out", str(tmp_path / "mails"), code=2, mail_templates=tmp_path)
+    assert "xx/subject.txt" in told
+    assert "xx: without body.txt and body.html" in told
+    assert not (tmp_path / "mails").exists()
+
+
+def test_a_mail_can_be_sent_to_try_the_server() -> None:
+    """It arrives, with a code made up; what is wrong is told with what helps, and without password and address."""
+    with MailServer(login=("onetime", "geheim")) as server:
+        url = server.url(user="onetime", password="geheim")
+        assert "has accepted the mail" in done("mail", "test", "ada@example.com", smtp_url=url)
+        (mail,) = server.mails
+        assert mail.to == "ada@example.com"
+        assert "123456" in mail.message["Subject"]
+        told = refused("mail", "test", "ada@example.com", smtp_url=url.replace("geheim", "falsch"))
+        assert "service_refused" in told
+        assert "check user and password" in told
+        assert "falsch" not in told
+        server.misbehave("rcpt", "550 no such mailbox <ada@example.com>")
+        told = refused("mail", "test", "ada@example.com", smtp_url=url)
+        assert "address_refused (reply code 550)" in told
+        assert "ada@example.com" not in told
+    assert "unreachable" in refused("mail", "test", "ada@example.com", smtp_url="smtp://127.0.0.1:1")
+    assert "ONETIME_SMTP_URL is missing" in refused("mail", "test", "ada@example.com", code=2)
+    assert "one address" in refused(
+        "mail", "test", "ada@example.com,eve@example.com", code=2, smtp_url="smtp://127.0.0.1:1"
+    )
+
+
+def test_a_password_of_the_mail_server_on_the_command_line_is_noticed() -> None:
+    """Every user of the machine can read it there; the warning does not repeat it."""
+    result = run("mail", "test", "ada@example.com", "--smtp-url", "smtp://onetime:geheim@127.0.0.1:1")
+    assert "warning: --smtp-url: its password can be read by every user" in result.stderr
+    assert "geheim" not in result.stderr + result.stdout
 
 
 # keys

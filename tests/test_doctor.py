@@ -13,7 +13,8 @@ from typing import Any, Final
 import psycopg
 import pytest
 from calls import Database, connected, write_keys
-from certificates import Authority, uri
+from certificates import Authority, dns, uri
+from mailserver import MailServer, tls_context
 from proxy import Proxy
 from psycopg import sql
 from psycopg.pq import ExecStatus
@@ -99,6 +100,48 @@ async def test_files_that_are_not_right(migrated_url: str, tmp_path: Path, files
     assert "AdminService/PurgeUser" in told
     assert "tls_key is not the key" in told
     assert api_key not in told
+
+
+async def test_a_mail_server_that_takes_our_login(migrated_url: str, keys_file: Path, tmp_path: Path) -> None:
+    """It is told where mails go and how they travel there; none is sent, and no password is told."""
+    authority = Authority()
+    (tmp_path / "ca").write_bytes(authority.certificate)
+    context = tls_context(authority.issue(dns("localhost")), tmp_path)
+    with MailServer(tls="starttls", context=context, login=("onetime", "geheim")) as mail:
+        # The certificate names the host, and not its number.
+        url = mail.url(user="onetime", password="geheim", ca=tmp_path / "ca").replace("127.0.0.1", "localhost")
+        found = await findings(migrated_url, keys_file, smtp_url=url, mail_from="no-reply@example.com")
+        assert bad(found) == []
+        assert "answers, over STARTTLS, with a login" in text_of(found, "mail")
+        wrong = url.replace("geheim", "falsch")
+        found = await findings(migrated_url, keys_file, smtp_url=wrong, mail_from="no-reply@example.com")
+        assert bad(found) == [("mail", "fail")]
+        assert "service_refused (reply code 535)" in text_of(found, "mail")
+        assert "falsch" not in str(found)
+        assert mail.mails == []
+
+
+async def test_no_mail_server_there(migrated_url: str, keys_file: Path, files: Mapping[str, Path]) -> None:
+    """A mail server out of reach fails; one that is not set is ok, unless somebody may have codes mailed by it."""
+    found = await findings(migrated_url, keys_file, smtp_url="smtp://127.0.0.1:1")
+    assert bad(found) == [("mail", "fail")]
+    assert "127.0.0.1:1: unreachable" in text_of(found, "mail")
+    found = await findings(migrated_url, keys_file, **files)
+    assert "none is sent" in text_of(found, "mail")
+    mailing = '[callers.signup]\nrpcs = ["EmailVerificationService/*"]\nsend_email = true\n'
+    files["policy_file"].write_text(mailing, "utf-8")
+    found = await findings(migrated_url, keys_file, **files)
+    assert bad(found) == [("mail", "warn")]
+    assert "signup may have codes mailed" in text_of(found, "mail")
+
+
+async def test_templates_that_are_not_right(migrated_url: str, keys_file: Path, tmp_path: Path) -> None:
+    """What a server would refuse at its start is told before."""
+    (tmp_path / "de").mkdir()
+    (tmp_path / "de" / "subject.txt").write_text("{{ kode }}", "utf-8")
+    found = await findings(migrated_url, keys_file, mail_templates=tmp_path)
+    assert bad(found) == [("mail", "fail")]
+    assert "de/subject.txt" in text_of(found, "mail")
 
 
 @pytest.mark.parametrize(
