@@ -391,7 +391,7 @@ MUTANTS: Final = (
             ('if row["user_id"] in seen:', "if False:"),
             ("budgets.charge(self._settings, *charges)", "budgets.charge(self._settings, *dict(charges).items())"),
         ),
-        ("tests/test_sets.py::test_wrong_codes_for_one_user",),
+        ("tests/test_sets.py::test_wrong_codes_for_one_user_in_one_set",),
     ),
     Mutant(
         "locked-link-is-unknown",
@@ -445,7 +445,7 @@ MUTANTS: Final = (
         "A call that waited for a connection and a lock waits for both again, and is cut off in doubt.",
         "sets.py",
         (("late = time.monotonic() - chosen[0].since > LATE_S", "late = False"),),
-        ("tests/test_faults.py::test_every_connection_is_in_use",),
+        ("tests/test_sets.py::test_who_waited_long_is_not_decided_anew",),
     ),
     Mutant(
         "set-not-narrowed-down",

@@ -338,6 +338,18 @@ async def test_a_failure_of_the_database_is_everybodys(desk: Desk, error: Onetim
     assert len({id(outcome) for outcome in outcomes}) == 4
 
 
+async def test_who_waited_long_is_not_decided_anew(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where calls have waited long when their set fails, all are told, and none has to wait once more."""
+    monkeypatch.setattr(sets, "LATE_S", -1.0)
+    first = await desk.busy()
+    calls = [desk.call(name) for name in "abc"]
+    await desk.none()
+    first.answer()
+    (await desk.next()).fail(StatementFailed())
+    assert all(isinstance(end, StatementFailed) for end in await ends(*calls))
+    await desk.none()
+
+
 async def test_who_hangs_up_in_the_queue_is_dropped(desk: Desk) -> None:
     """A call that is cancelled before its set has begun is never decided, and there is nothing to record."""
     with nothing_lost(asyncio.get_running_loop()), unheard() as lines:
@@ -1089,6 +1101,28 @@ async def repeated(call: Callable[[], Coroutine[Any, Any, Any]]) -> str:
     while (word := await ended(call())) == "DATABASE_UNAVAILABLE":
         pass
     return word
+
+
+async def test_wrong_codes_for_one_user_in_one_set(host: Host, client: Client, database: Database) -> None:
+    """Wrong codes for one user that come together are judged one after the other, and counted each."""
+    for _ in range(5):
+        held, user = add_users(database, 2)
+        busy, *started = [await client.start(held), *[await client.start(user) for _ in range(5)]]
+        with connected(host.url) as holder, holder.transaction(force_rollback=True):
+            holder.execute(
+                "select from public.email_verification_tokens where id = %s for update", [busy.verification.id]
+            )
+            # The set of this one waits, and the others go together when it is slow.
+            alone = asyncio.create_task(client.verify(busy))
+            await asyncio.sleep(0.02)
+            words = await asyncio.gather(*(ended(client.verify(each, wrong(each.code))) for each in started))
+        await alone
+        assert words == ["CODE_MISMATCH"] * 5
+        (budget,) = database.execute(
+            "select cardinality(failures) as failures, failures_in_a_row from onetime.budgets where user_id = %s",
+            [user],
+        ).fetchall()
+        assert budget == {"failures": 5, "failures_in_a_row": 5}
 
 
 async def test_wrong_codes_for_one_user(clients: list[Client], database: Database) -> None:
