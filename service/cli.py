@@ -654,10 +654,8 @@ def mail_test(address: str, locale: str, **options: str | None) -> None:
     try:
         asyncio.run(_send_sample(settings, server, message, to))
     except smtp.NotSent as error:
-        told = f" (reply code {error.code})" if error.code else ""
-        raise CommandError(
-            f"{server.host}:{server.port} did not take the mail: {error.failure}{told}; {smtp.CURES[error.failure]}"
-        ) from None
+        where = f"{server.host}:{server.port}"
+        raise CommandError(f"{where} did not take the mail: {error}; {smtp.CURES[error.failure]}") from None
     click.echo(f"{server.host}:{server.port} has accepted the mail")
 
 

@@ -190,7 +190,7 @@ class Database:
     """The pool, and the tasks that no caller can cancel. A class because both live as long as the server."""
 
     def __init__(self, url: str, *, pool_size: int, after_write: Callable[[int], None] = lambda _: None) -> None:
-        """Describe the pool; `open` fills it. `after_write` is called after each success of `run`, with its writes."""
+        """Describe the pool; `open` fills it. `after_write` is called after each transaction, with its writes."""
         self._after_write = after_write
         self._tasks: set[asyncio.Task[Any]] = set()
         self.pool: AsyncConnectionPool[Connection] = AsyncConnectionPool(

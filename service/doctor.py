@@ -198,8 +198,7 @@ async def _mail(settings: Settings) -> AsyncIterator[Finding]:
     try:
         await smtp.Transport(server, sender=settings.mail_from).check()
     except smtp.NotSent as error:
-        told = f" (reply code {error.code})" if error.code else ""
-        yield Finding("mail", "fail", f"{where}: {error.failure}{told}", smtp.CURES[error.failure])
+        yield Finding("mail", "fail", f"{where}: {error}", smtp.CURES[error.failure])
         return
     secured = {"implicit": "over TLS", "starttls": "over STARTTLS", "none": "in plain text"}[server.tls]
     if server.tls == "none" and not is_loopback(server.host):

@@ -48,7 +48,7 @@ class NotSent(Exception):
         """Take one of the classes above, and the server's reply code (RFC 5321, 4.2), if it gave one."""
         if code is not None and code < 0:
             code = None  # so aiosmtplib calls what is no reply at all
-        super().__init__(f"{failure} ({code})" if code else failure)
+        super().__init__(f"{failure} (reply code {code})" if code else failure)
         self.failure = failure
         self.code = code
 

@@ -295,7 +295,7 @@ async def test_what_answers_mean(
         error = await failure(transport)
     assert (error.failure, error.code) == (failure_class, code)
     assert error.permanent == (failure_class in (smtp.ADDRESS_REFUSED, smtp.MESSAGE_REFUSED))
-    assert str(error) == (f"{failure_class} ({code})" if code else failure_class)
+    assert str(error) == (f"{failure_class} (reply code {code})" if code else failure_class)
     # Else its text would come out with a traceback.
     assert error.__cause__ is None
     assert error.__suppress_context__
