@@ -161,7 +161,7 @@ class Transaction:
                 await self._connection.execute("COMMIT")
         self._cut_short = False
         # Fetched after the pipeline's end: a fetch inside it would be a trip of its own.
-        return [await cursor.fetchall() if cursor.description else [] for cursor in cursors]
+        return [[] if cursor.rownumber is None else await cursor.fetchall() for cursor in cursors]
 
     async def roll_back(self) -> None:
         """End the transaction without effect, if it has begun and is not committed."""

@@ -9,7 +9,7 @@ the code is right. Between the two no connection and no lock is held, since Argo
 """
 
 import uuid
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
@@ -45,8 +45,8 @@ from service.errors import (
     UserNotFound,
 )
 from service.fields import MESSAGE_TYPES, STORED_TYPES, Fields
-from service.hashing import Hashing
-from service.receipts import Intent, claim, drop, drop_refused, settle
+from service.hashing import Hashing, Run
+from service.receipts import Intent, Receipt, claim, drop, drop_refused, settle
 from service.sets import Outcome, Sets, Skipped, each
 
 _QUERIES = load_queries("one_time_tokens")
@@ -83,6 +83,16 @@ class _CodeCredential:
     user_id: uuid.UUID | None
     relates_to: str | None
     code: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Guess:
+    """A code that is presented, by whom it is presented for."""
+
+    intent: Intent
+    token_type: str
+    user_id: uuid.UUID | None
+    relates_to: str | None
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -127,6 +137,11 @@ class OneTimeTokens(pb_grpc.OneTimeTokenServiceServicer):
         self._uses: Sets[_Link, pb.ConsumeTokenResponse] = Sets(
             "consume", self._consume_all, keys=lambda link: (link.token_hashes[0], *link.intent.keys)
         )
+        self._charges: Sets[_Guess, _Judged] = Sets(
+            "charge",
+            self._charge_all,
+            keys=lambda guess: ((guess.token_type, guess.user_id or guess.relates_to), *guess.intent.keys),
+        )
 
     async def IssueToken(self, request: pb.IssueTokenRequest, context: Context) -> pb.IssueTokenResponse:
         """Make a token."""
@@ -146,8 +161,8 @@ class OneTimeTokens(pb_grpc.OneTimeTokenServiceServicer):
         if code_length:
             secret = new_code(code_length)
             if self._hasher.slow:
-                with self._hashing.place():
-                    token_hash = await self._hashing.run(partial(self._hasher.hash, secret, subject))
+                async with self._hashing.turn() as run:
+                    token_hash = await run(partial(self._hasher.hash, secret, subject))
             else:
                 token_hash = self._hasher.hash(secret, subject)
         else:
@@ -340,21 +355,23 @@ class OneTimeTokens(pb_grpc.OneTimeTokenServiceServicer):
         """Spend a token whose code was found right. Another caller with the same right code may have been faster."""
         row = judged.row
         params: Params = {"ids": [row["id"]], "token_hashes": [row["token_hash"]]}
-        (receipt,), (_, spent) = await claim(
-            transaction,
-            [intent],
-            budgets.end_runs((_spender(row), judged.charged_at)),
-            (_QUERIES["consume_codes"], params),
-        )
+        spend = (budgets.end_runs((_spender(row), judged.charged_at)), (_QUERIES["consume_codes"], params))
+        receipt: Row | None = None
+        if intent.request_id:
+            (receipt,), (_, spent) = await claim(transaction, [intent], *spend)
+        else:
+            # Where no answer is to be kept, one trip does it all.
+            _, spent = await transaction.commit(*spend)
         earlier = intent.earlier(receipt)
         if earlier and earlier.answer is not None:
             # Another try of this very call was faster: what it got is the answer of both.
             return pb.ConsumeTokenResponse.FromString(earlier.answer)
         response = pb.ConsumeTokenResponse(token=self._token(row, row["failed_attempts"]))
-        if spent and not spent[0]["expired"]:
-            await transaction.commit(*settle((intent, row["id"], response)))
+        accepted = spent and not spent[0]["expired"]
+        if not transaction.committed:
+            await transaction.commit(*(settle((intent, row["id"], response)) if accepted else drop(intent)))
+        if accepted:
             return response
-        await transaction.commit(*drop(intent))
         raise TokenExpired if spent else TokenNotFound
 
     async def _compare(self, intent: Intent, credential: _CodeCredential) -> _Judged:
@@ -364,18 +381,26 @@ class OneTimeTokens(pb_grpc.OneTimeTokenServiceServicer):
             CredentialError: As the proto says.
             Overloaded: Nothing was compared, and nothing is charged.
         """
-        # The place comes first: to be refused one after the charge would cost the user an attempt.
-        with self._hashing.place() if self._hasher.slow else nullcontext():
-            judged = await self._database.run(partial(self._charge, intent, credential))
-            if judged is None:
-                await self._pretend(intent)
-                raise TokenNotFound
+        guess = _Guess(intent, credential.token_type, credential.user_id, credential.relates_to)
+        # The turn comes first. To be refused one after the charge would cost the user an attempt; and what is charged
+        # is compared at once, so that those who still wait lose nothing if the server dies.
+        async with self._hashing.turn() if self._hasher.slow else nullcontext() as run:
+            try:
+                judged = await self._charges.run(guess)
+            except TokenNotFound:
+                if run is not None:
+                    await run(self._hasher.pretend)
+                if intent.request_id:
+                    # Spend the time that a wrong code takes, up to the commit of its answer.
+                    await self._database.commit(CHARGE_NOBODY)
+                raise
             if judged.earlier_answer is not None:
                 return judged
             row = judged.row
             subject = CodeSubject(row["id"], row["token_type"], row["user_id"], row["relates_to"])
+            match = partial(self._hasher.matches, credential.code, row["token_hash"], subject)
             try:
-                right = await self._matches(credential.code, row["token_hash"], subject)
+                right = await self._run(match, run) if is_slow(row["token_hash"]) else match()
             except Exception as error:
                 # There is no verdict, so there was no guess.
                 await self._database.commit(*self._undo(intent, judged))
@@ -390,61 +415,85 @@ class OneTimeTokens(pb_grpc.OneTimeTokenServiceServicer):
             await self._database.commit(*settle((intent, row["id"], mismatch)))
         raise mismatch
 
-    async def _matches(self, code: str, token_hash: str, subject: CodeSubject) -> bool:
-        """Compare a code with what is stored, off the event loop if that is slow."""
-        match = partial(self._hasher.matches, code, token_hash, subject)
-        if not is_slow(token_hash):
-            return match()
-        # Made before code_hashing was turned to hmac: nobody has taken a place for it yet.
-        with nullcontext() if self._hasher.slow else self._hashing.place():
-            return await self._hashing.run(match)
+    async def _run(self, work: Callable[[], T], run: Run | None) -> T:
+        """Hash in the turn that this call has.
 
-    async def _charge(self, intent: Intent, credential: _CodeCredential, transaction: Transaction) -> _Judged | None:
-        """Charge an attempt on the token that a code is presented for, and on the budget of its user and type.
-
-        Returns:
-            None if there is no such token.
+        It has none for a code that was made before code_hashing was turned to hmac.
         """
-        params: Params = {
-            "ords": [1],
-            "token_types": [credential.token_type],
-            "user_ids": [credential.user_id],
-            "relates_to": [credential.relates_to],
-        }
-        (receipt,), (rows,) = await claim(transaction, [intent], (_QUERIES["lock_codes"], params))
-        earlier = intent.earlier(receipt)
-        if earlier and earlier.answer is not None:
-            return _Judged({}, earlier_answer=earlier.answer)
-        if earlier:
-            # The first try was charged, and died before it had an answer. It is the same code, so it is free.
-            row = _only(await transaction.fetch(_QUERIES["find_codes"], {"ids": [earlier.row_id]}))
-            _about(intent.call, row)
-            # Its own attempt is among those that were counted.
-            return _Judged({**row, "failed_attempts": row["failed_attempts"] - 1}, earlier.charged_at, retried=True)
-        if not rows:
-            # As much work as a charge: otherwise the time of an answer would tell who has a code.
-            await transaction.commit(*_charge_nobody(), *drop(intent))
-            return None
-        (row,) = rows
-        _about(intent.call, row)
-        if row["expired"]:
-            raise TokenExpired
-        if row["failed_attempts"] >= self._settings.max_attempts:
-            raise AttemptsExhausted
-        budgets.refuse_failures(self._settings, row)
-        charged_at = budgets.name_of_charge(row)
-        await transaction.commit(
-            budgets.charge(self._settings, (_spender(row), charged_at)),
-            (_QUERIES["charge_codes"], _code_params(row)),
-            *settle((intent, row["id"], charged_at)),
-        )
-        return _Judged(row, charged_at)
+        if run is not None:
+            return await run(work)
+        async with self._hashing.turn() as own:
+            return await own(work)
 
-    async def _pretend(self, intent: Intent) -> None:
-        """Spend on nobody's code the time that a wrong code takes, up to the commit of its answer."""
-        await self._hashing.run(self._hasher.pretend)
-        if intent.request_id:
-            await self._database.commit(CHARGE_NOBODY)
+    async def _charge_all(self, guesses: Sequence[_Guess]) -> Sequence[Outcome[_Judged]]:
+        return await self._database.transact(partial(self._charge, guesses), writes=len(guesses))
+
+    async def _charge(self, guesses: Sequence[_Guess], transaction: Transaction) -> Sequence[Outcome[_Judged]]:
+        """Charge an attempt on each token that a code is presented for, and on the budget of its user and type."""
+        alone = len(guesses) == 1
+        transaction.impatient = not alone
+        intents = [guess.intent for guess in guesses]
+        query = _QUERIES["lock_codes"]
+        params: Params = {
+            "ords": list(range(len(guesses))),
+            "token_types": [guess.token_type for guess in guesses],
+            "user_ids": [guess.user_id for guess in guesses],
+            "relates_to": [guess.relates_to for guess in guesses],
+        }
+        receipts, (locked,) = await claim(transaction, intents, (query if alone else skipping_locked(query), params))
+        if alone and (earlier := intents[0].earlier(receipts[0])):
+            return [await self._charged_before(earlier, intents[0], transaction)]
+        row_of = {row["ord"]: row for row in locked}
+        seen: set[budgets.Subject] = set()
+
+        def judge(guess: _Guess, receipt: Row | None, row: Row | None) -> _Judged:
+            if guess.intent.earlier(receipt) or (row is not None and row["skipped"] and not alone):
+                raise Skipped
+            if row is None or row["token_hash"] is None:
+                raise TokenNotFound
+            if _spender(row) in seen:
+                # The one before it may change the counts that this one is judged by.
+                raise Skipped
+            seen.add(_spender(row))
+            _about(guess.intent.call, row)
+            if row["expired"]:
+                raise TokenExpired
+            if row["failed_attempts"] >= self._settings.max_attempts:
+                raise AttemptsExhausted
+            budgets.refuse_failures(self._settings, row)
+            return _Judged(row, budgets.name_of_charge(row))
+
+        outcomes = each(judge, guesses, receipts, map(row_of.get, range(len(guesses))))
+        charged = [
+            (intent, judged)
+            for intent, judged in zip(intents, outcomes, strict=True)
+            if not isinstance(judged, Exception)
+        ]
+        counts = [
+            *(self._count([judged for _, judged in charged]) if charged else []),
+            # As much work as a charge: otherwise the time of an answer would tell who has a code.
+            *(_charge_nobody() if any(isinstance(outcome, TokenNotFound) for outcome in outcomes) else []),
+        ]
+        if counts:
+            answers = settle(*((intent, judged.row["id"], judged.charged_at) for intent, judged in charged))
+            await transaction.commit(*answers, *drop_refused(intents, receipts, outcomes), *counts)
+        return outcomes
+
+    def _count(self, charged: Sequence[_Judged]) -> list[tuple[str, Params]]:
+        """Return the statements that charge an attempt on tokens and budgets."""
+        charges = [(_spender(judged.row), judged.charged_at) for judged in charged]
+        rows = [judged.row for judged in charged]
+        return [budgets.charge(self._settings, *charges), (_QUERIES["charge_codes"], _code_params(*rows))]
+
+    async def _charged_before(self, earlier: Receipt, intent: Intent, transaction: Transaction) -> _Judged:
+        """Return what an earlier try of this call has come to."""
+        if earlier.answer is not None:
+            return _Judged({}, earlier_answer=earlier.answer)
+        # The first try was charged, and died before it had an answer. It is the same code, so it is free.
+        row = _only(await transaction.fetch(_QUERIES["find_codes"], {"ids": [earlier.row_id]}))
+        _about(intent.call, row)
+        # Its own attempt is among those that were counted.
+        return _Judged({**row, "failed_attempts": row["failed_attempts"] - 1}, earlier.charged_at, retried=True)
 
     def _undo(self, intent: Intent, judged: _Judged) -> list[tuple[str, Params]]:
         """Return the statements that forget a call which came to no verdict. One charge is given back once."""
@@ -542,9 +591,13 @@ def _link_params(links: Sequence[_Link]) -> Params:
     return {"ords": list(ords), "token_types": list(token_types), "token_hashes": list(token_hashes)}
 
 
-def _code_params(row: Row) -> Params:
+def _code_params(*rows: Row) -> Params:
     """Return the parameters of `charge_codes` and `refund_codes`."""
-    return {"user_ids": [row["user_id"]], "token_types": [row["token_type"]], "ids": [row["id"]]}
+    return {
+        "user_ids": [row["user_id"] for row in rows],
+        "token_types": [row["token_type"] for row in rows],
+        "ids": [row["id"] for row in rows],
+    }
 
 
 def _charge_nobody() -> list[tuple[str, Params]]:

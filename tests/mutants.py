@@ -195,20 +195,12 @@ MUTANTS: Final = (
         "one_time_tokens.py",
         (
             (
-                (
-                    "            budgets.charge(self._settings, (_spender(row), charged_at)),\n"
-                    '            (_QUERIES["charge_codes"], _code_params(row)),\n'
-                ),
+                "            *(self._count([judged for _, judged in charged]) if charged else []),\n",
                 "",
             ),
             (
                 "        mismatch = CodeMismatch(",
-                (
-                    '        wrong = (_QUERIES["charge_codes"], _code_params(row))\n'
-                    "        charge = budgets.charge(self._settings, (_spender(row), budgets.name_of_charge(row)))\n"
-                    "        await self._database.commit(charge, wrong)\n"
-                    "        mismatch = CodeMismatch("
-                ),
+                ("        await self._database.commit(*self._count([judged]))\n        mismatch = CodeMismatch("),
             ),
         ),
         (f"{_GUESSES}[code by user]",),
@@ -219,8 +211,8 @@ MUTANTS: Final = (
         "one_time_tokens.py",
         (
             (
-                "        await transaction.commit(\n            budgets.charge(",
-                "        await transaction.fetch_all(\n            budgets.charge(",
+                "await transaction.commit(*answers, *drop_refused(intents, receipts, outcomes), *counts)",
+                "await transaction.fetch_all(*answers, *drop_refused(intents, receipts, outcomes), *counts)",
             ),
         ),
         (f"tests/test_one_time_tokens.py::{_COUNTED}[argon2id]",),
@@ -242,8 +234,14 @@ MUTANTS: Final = (
         "Of guesses at once, each sees the count that was there when it came.",
         "sql/one_time_tokens.sql",
         (
-            ("  order by f.user_id, f.token_type\n  for update of t, s\n", "  order by f.user_id, f.token_type\n"),
-            ("  order by b.user_id, b.purpose\n  for update of b\n", "  order by b.user_id, b.purpose\n"),
+            (
+                "  order by f.user_id, f.token_type\n  for update of t, s /* skip locked */\n",
+                "  order by f.user_id, f.token_type\n",
+            ),
+            (
+                "  order by b.user_id, b.purpose\n  for update of b /* skip locked */\n",
+                "  order by b.user_id, b.purpose\n",
+            ),
         ),
         (f"{_GUESSES}[code by user]",),
     ),
@@ -255,11 +253,11 @@ MUTANTS: Final = (
             (
                 (
                     'row["failed_attempts"] >= self._settings.max_attempts:\n'
-                    "            raise AttemptsExhausted\n        budgets"
+                    "                raise AttemptsExhausted\n            budgets"
                 ),
                 (
                     'row["failed_attempts"] > self._settings.max_attempts:\n'
-                    "            raise AttemptsExhausted\n        budgets"
+                    "                raise AttemptsExhausted\n            budgets"
                 ),
             ),
         ),
@@ -335,11 +333,12 @@ MUTANTS: Final = (
         "one_time_tokens.py",
         (
             (
-                "            await transaction.commit(*_charge_nobody(), *drop(intent))",
+                "        if counts:\n            answers",
                 (
-                    "            somebody = (credential.user_id or uuid.UUID(int=0), credential.token_type)\n"
-                    "            charge = budgets.charge(self._settings, (somebody, datetime.now().astimezone()))\n"
-                    "            await transaction.commit(charge, *_charge_nobody(), *drop(intent))"
+                    "        if counts and not charged:\n"
+                    "            somebody = (guesses[0].user_id or uuid.UUID(int=0), guesses[0].token_type)\n"
+                    "            counts += [budgets.charge(self._settings, (somebody, datetime.now().astimezone()))]\n"
+                    "        if counts:\n            answers"
                 ),
             ),
         ),
@@ -349,7 +348,7 @@ MUTANTS: Final = (
         "nobodys-code-not-hashed",
         "A code of nobody is refused without the work of a wrong one, so that time tells who has a code.",
         "one_time_tokens.py",
-        (("                await self._pretend(intent)\n", ""),),
+        (("                    await run(self._hasher.pretend)\n", "                    pass\n"),),
         ("tests/test_matrix.py::test_unknown_and_wrong_do_the_same_work",),
     ),
     # Sends
@@ -634,7 +633,12 @@ MUTANTS: Final = (
         "retry-charged-twice",
         "A retry that finds its charge pending is charged again.",
         "one_time_tokens.py",
-        (("        if earlier:\n            # The first try was charged", "        if False:\n            #"),),
+        (
+            (
+                "(earlier := intents[0].earlier(receipts[0])):\n            return [await self._charged_before",
+                "(earlier := None):\n            return [await self._charged_before",
+            ),
+        ),
         ("tests/test_receipts.py::test_wrong_code_whose_verdict_was_lost[argon2id first]",),
     ),
     Mutant(
@@ -1057,15 +1061,25 @@ MUTANTS: Final = (
         "hashing.py",
         (
             (
-                "        job = self._executor.submit(work)\n",
-                (
-                    "        from concurrent.futures import Future\n"
-                    "        job = Future()\n"
-                    "        job.set_result(work())\n"
-                ),
+                "            job = self._executor.submit(_counted, work)\n",
+                "            job = Future()\n            job.set_result(_counted(work))\n",
             ),
         ),
         ("tests/test_overload.py::test_the_event_loop_does_not_hash",),
+    ),
+    Mutant(
+        "all-that-wait-charged-ahead",
+        "Codes that wait to be compared are charged already, so that a server that dies costs each of them an attempt.",
+        "hashing.py",
+        (("MOST: Final = 4", "MOST: Final = 10**6"),),
+        ("tests/test_overload.py::test_codes_that_wait_are_not_charged",),
+    ),
+    Mutant(
+        "locked-budget-of-a-code-taken-for-none",
+        "While somebody else has locked a budget, a code is judged as if there were none.",
+        "sql/one_time_tokens.sql",
+        (("  l.id is null or b.user_id is null and exists (", "  l.id is null or false and exists ("),),
+        ("tests/test_sql.py::test_codes_that_somebody_else_has_locked",),
     ),
     Mutant(
         "argon2-queue-without-bound",

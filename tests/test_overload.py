@@ -23,7 +23,7 @@ from service.app import SERVER_OPTIONS
 from service.call import Call, ServedCall, current_call
 from service.crypto import api_key_hash, new_api_key
 from service.errors import Overloaded
-from service.hashing import Hashing
+from service.hashing import MOST, Hashing
 from service.places import Places
 
 T = TypeVar("T")
@@ -133,8 +133,8 @@ def start(hashing: Hashing, caller: str, work: Callable[[], T]) -> "asyncio.Task
     """Start to hash for a caller, in a place."""
 
     async def run() -> T:
-        with hashing.place():
-            return await hashing.run(work)
+        async with hashing.turn() as run_:
+            return await run_(work)
 
     return as_caller(caller, lambda: asyncio.create_task(run()))
 
@@ -145,15 +145,37 @@ async def test_the_event_loop_does_not_hash(make_hashing: Callable[..., Hashing]
 
 
 async def test_callers_take_turns(make_hashing: Callable[..., Hashing]) -> None:
-    """A caller with one code waits for no more than one code of each other caller."""
+    """A caller with one code waits for those whose turn it is already, and for no more than one of each caller."""
     hashing, gate = make_hashing(threads=1, queue=200), Gate()
     greedy = [start(hashing, "greedy", gate.work(f"greedy {number}")) for number in range(50)]
     await asyncio.sleep(0)
     others = [start(hashing, caller, gate.work(caller)) for caller in ("second", "third")]
     gate.let(52)
     await asyncio.gather(*greedy, *others)
-    # The first had its thread already; each caller's own work goes in its order.
-    assert gate.done == ["greedy 0", "greedy 1", "second", "third", *(f"greedy {number}" for number in range(2, 50))]
+    # The first three had their turn already; each caller's own work goes in its order.
+    first = [*(f"greedy {number}" for number in range(4)), "second", "third"]
+    assert gate.done == [*first, *(f"greedy {number}" for number in range(4, 50))]
+
+
+async def test_turns_are_given_several_at_a_time(make_hashing: Callable[..., Hashing]) -> None:
+    """Not to all who wait, so that few are charged ahead; and not one by one, so that their charges go together."""
+    hashing, gate, charged = make_hashing(threads=2, queue=98), Gate(), 0
+
+    async def charge() -> None:
+        nonlocal charged
+        async with hashing.turn() as run:
+            charged += 1
+            await run(gate.work(""))
+
+    calls = [as_caller(f"caller {number % 3}", lambda: asyncio.create_task(charge())) for number in range(60)]
+    counts = []
+    for number in range(1, 61):
+        await asyncio.sleep(0)
+        counts.append(charged)
+        gate.let(1)
+        await until(lambda: len(gate.done) == number and sum(call.done() for call in calls) == number)  # noqa: B023
+    rounds = sorted(set(counts))
+    assert rounds == [5, *range(9, 60, 4), 60]
 
 
 async def test_callers_share_the_places(make_hashing: Callable[..., Hashing]) -> None:
@@ -178,32 +200,33 @@ async def test_what_is_hashed_and_waits_is_counted(make_hashing: Callable[..., H
 
     hashing, gate = make_hashing(threads=2, queue=8), Gate()
     assert counted() == (0, 0)
-    tasks = [start(hashing, "one", gate.work("one")) for _ in range(5)]
-    await asyncio.sleep(0)
-    assert counted() == (2, 3)
-    gate.let(5)
+    tasks = [start(hashing, "one", gate.work("one")) for _ in range(8)]
+    await until(lambda: counted() == (2, 6))
+    gate.let(8)
     await asyncio.gather(*tasks)
     await until(lambda: counted() == (0, 0))
 
 
 async def test_cancelled_hashes_leave_nothing_behind(make_hashing: Callable[..., Hashing]) -> None:
     """Whenever calls are cancelled, as they wait, in their turn or as they hash, no thread and no place is lost."""
-    hashing = make_hashing(threads=3, queue=7)
+    hashing = make_hashing(threads=3, queue=17)
     for number in range(300):
-        tasks = [start(hashing, f"caller {n % 3}", lambda: time.sleep(0.0002)) for n in range(10)]
+        tasks = [start(hashing, f"caller {n % 3}", lambda: time.sleep(0.0002)) for n in range(20)]
         for _ in range(number % 7):
             await asyncio.sleep(number % 5 * 0.0001)
         for index, task in enumerate(tasks):
             if (index + number) % 3:
                 task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-    # All threads work at once, and all places are there.
-    barrier = threading.Barrier(3)
-    with contextlib.ExitStack() as stack:
-        for caller in ("one", "two", "three", "four", "five") * 2:
-            as_caller(caller, lambda: stack.enter_context(hashing.place()))
-        runs = [as_caller("one", lambda: asyncio.create_task(hashing.run(lambda: barrier.wait(10)))) for _ in range(3)]
-        assert sorted(await asyncio.gather(*runs)) == [0, 1, 2]
+    # All places are there, all turns, and all threads work at once.
+    gate, barrier = Gate(), threading.Barrier(3)
+    tasks = [start(hashing, f"caller {number}", gate.work("")) for number in range(20)]
+    gate.let(20)
+    await asyncio.gather(*tasks)
+    runs = [start(hashing, "one", lambda: barrier.wait(10)) for _ in range(3)]
+    assert sorted(await asyncio.gather(*runs)) == [0, 1, 2]
+    value = metrics.REGISTRY.get_sample_value
+    assert (value("onetime_argon2_busy"), value("onetime_argon2_queued")) == (0, 0)
 
 
 async def test_a_thread_is_passed_on_when_its_work_has_ended(make_hashing: Callable[..., Hashing]) -> None:
@@ -367,6 +390,23 @@ async def test_what_is_too_much_is_refused_at_once(serve: Serve, migrated_url: s
                 assert (await health_of(channel)).status == health_pb2.HealthCheckResponse.SERVING
             assert Counter(await asyncio.gather(*calls)) == {"OK": 16, "OVERLOADED": 34}
         assert await ended(garbage(b"\xff\xff")) == "INVALID_REQUEST"
+
+
+async def test_codes_that_wait_are_not_charged(serve: Serve, migrated_url: str) -> None:
+    """A server that dies costs the attempts of the few codes that it compares, and not of all that have come."""
+    codes, charged = 12, "select sum(failed_attempts)::int as charged from onetime.one_time_token_states"
+    async with serve(migrated_url, argon2_threads=1, argon2_time_cost=10) as server, server.channel() as channel:
+        client = Client(channel)
+        issued = [await client.issue(digits=6) for _ in range(codes)]
+        calls = [asyncio.create_task(client.check(each)) for each in issued]
+        counts = set()
+        with connected(migrated_url) as database:
+            while not all(call.done() for call in calls):
+                await asyncio.sleep(0.005)
+                counts |= {row["charged"] for row in database.execute(charged)}
+        await asyncio.gather(*calls)
+    assert counts & {2, 3, 4}
+    assert max(counts) <= MOST
 
 
 async def test_calls_that_were_cancelled_count_while_their_work_goes_on(serve: Serve, migrated_url: str) -> None:

@@ -672,7 +672,7 @@ def host(postgres_18: PostgresServer, tmp_path_factory: pytest.TempPathFactory) 
     """
     folder = tmp_path_factory.mktemp("servers")
     metrics = [f"127.0.0.1:{free_port()}" for _ in range(2)]
-    limits = {"sends_per_window": MANY, "sends_per_day": MANY}
+    limits = {"sends_per_window": MANY, "sends_per_day": MANY, "code_hashing": "hmac"}
     with postgres_18.database() as url:
         with connected(url) as database:
             database.execute("create table public.users (id uuid primary key, name text)")
@@ -803,6 +803,13 @@ CONSUME: Final = Kind(
     lambda client, issued, request_id: client.consume(issued, request_id=request_id),
     "select where not exists (select from auth.one_time_tokens where user_id = %s)",
 )
+CHARGE: Final = Kind(
+    "charge",
+    "ConsumeToken",
+    lambda client, user: client.issue(user, digits=6),
+    lambda client, issued, request_id: client.consume(issued, request_id=request_id),
+    "select where not exists (select from auth.one_time_tokens where user_id = %s)",
+)
 ISSUE: Final = Kind(
     "issue",
     "IssueToken",
@@ -838,6 +845,10 @@ LOCKS: Final[dict[str, tuple[Kind, LiteralString]]] = {
     "consume-token": (CONSUME, TOKEN),
     "consume-state": (CONSUME, TOKEN_STATE),
     "consume-receipt": (CONSUME, RECEIPT),
+    "charge-token": (CHARGE, TOKEN),
+    "charge-state": (CHARGE, TOKEN_STATE),
+    "charge-budget": (CHARGE, BUDGET),
+    "charge-receipt": (CHARGE, RECEIPT),
     "issue-budget": (ISSUE, BUDGET),
     "issue-token": (ISSUE, TOKEN),
     "issue-receipt": (ISSUE, RECEIPT),
@@ -975,6 +986,41 @@ async def _consume_cases(client: Client, database: Database) -> dict[str, Case]:
     }
 
 
+async def _charge_cases(client: Client, database: Database) -> dict[str, Case]:
+    """Give a code in each state, and guesses at it, new ones and repeated ones."""
+    names = ["right", "wrong", "expired", "used", "exhausted", "repeat", "repeat-wrong", "reused", "unnamed"]
+    names += ["by-address", "wrong-unnamed", "unknown", "unknown-unnamed", "limited", "last"]
+    users = dict(zip(names, add_users(database, len(names)), strict=True))
+    issued = {
+        name: await client.issue(user, digits=6, relates_to=f"{user}@example.com") for name, user in users.items()
+    }
+    codes = {name: each.secret for name, each in issued.items()}
+    ids = {name: "" if name.endswith("unnamed") else new_id() for name in names}
+    for name in ("wrong", "repeat-wrong", "wrong-unnamed"):
+        codes[name] = wrong(codes[name])
+    expire(database, issued["expired"])
+    await client.consume(issued["used"])
+    for number in range(5):
+        await reason(client.consume(issued["exhausted"], wrong(codes["exhausted"], by=number + 1)))
+    await client.consume(issued["repeat"], request_id=ids["repeat"])
+    await reason(client.consume(issued["repeat-wrong"], codes["repeat-wrong"], request_id=ids["repeat-wrong"]))
+    await reason(client.consume(issued["reused"], wrong(codes["reused"]), request_id=ids["reused"]))
+    await client.revoke(users["unknown"])
+    await client.revoke(users["unknown-unnamed"])
+    database.execute(
+        "update onetime.budgets set failures = array_fill(clock_timestamp(), array[10]) where user_id = %s",
+        [users["limited"]],
+    )
+    return {
+        name: Case(
+            partial(client.consume, issued[name], codes[name], by_address=name == "by-address", request_id=ids[name]),
+            [users[name]],
+            ids[name],
+        )
+        for name in names
+    }
+
+
 async def _issue_cases(client: Client, database: Database) -> dict[str, Case]:
     """Give users in each state, and tokens to be issued to them, for new ones and repeated ones."""
     return await _make_cases(database, client.issue, "recovery_token")
@@ -1003,8 +1049,14 @@ async def _make_cases(
     return {name: Case(partial(make, users[name], request_id=ids[name]), [users[name]], ids[name]) for name in names}
 
 
-CASES: Final = {VERIFY: _verify_cases, CONSUME: _consume_cases, ISSUE: _issue_cases, START: _start_cases}
-PLUGS: Final = {VERIFY: VERIFICATION, CONSUME: TOKEN, ISSUE: TOKEN, START: USER}
+CASES: Final = {
+    VERIFY: _verify_cases,
+    CONSUME: _consume_cases,
+    CHARGE: _charge_cases,
+    ISSUE: _issue_cases,
+    START: _start_cases,
+}
+PLUGS: Final = {VERIFY: VERIFICATION, CONSUME: TOKEN, CHARGE: TOKEN, ISSUE: TOKEN, START: USER}
 """What holds up a call of each kind."""
 
 LEFT: Final = """

@@ -409,6 +409,27 @@ def test_lock_codes(database: Database) -> None:
     assert attempts(database, one, late, worn, by_address) == [0, 0, MAX_ATTEMPTS, 0]
 
 
+def test_codes_that_somebody_else_has_locked(database: Database) -> None:
+    """Where locks are passed over, what is locked, or has a budget that is, is told as skipped, and no neighbour is."""
+    held, of_budget, with_budget, without = tokens(database, *["otc1"] * 4)
+    users = [of_budget.user_id, with_budget.user_id]
+    run(database, "budgets", "make_budgets", user_ids=users, purposes=[RECOVERY] * 2)
+    lock = skipping_locked(load_queries("one_time_tokens")["lock_codes"])
+    params = codes(*((each, RECOVERY) for each in (held, of_budget, uuid.uuid4(), with_budget, without)))
+    with connected(_url_of(database)) as somebody, somebody.transaction():
+        state = "select from onetime.one_time_token_states where token_id = %s for update"
+        assert somebody.execute(state, [held.id]).rowcount == 1
+        budget = "select from onetime.budgets where user_id = %s for update"
+        assert somebody.execute(budget, [of_budget.user_id]).rowcount == 1
+        answers = by_ord(database.execute(lock, params).fetchall())
+    assert {n: (row["id"], row["skipped"], row["token_hash"]) for n, row in answers.items()} == {
+        1: (held.id, True, None),
+        2: (of_budget.id, True, of_budget.token_hash),
+        4: (with_budget.id, False, with_budget.token_hash),
+        5: (without.id, False, without.token_hash),
+    }
+
+
 def test_a_code_by_address_means_the_newest_live_one(database: Database) -> None:
     """Of several tokens for one address, the newest live one is meant; where none is live, the newest is told."""
     made = [Token(uuid.uuid4(), uuid.uuid4(), RECOVERY, f"otc1.{KEY}.{n}", "shared@example.org") for n in range(3)]

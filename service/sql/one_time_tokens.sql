@@ -175,7 +175,8 @@ where j.id is null or j.expired or t.id is not null
 -- name: lock_codes
 -- Find and lock the token that each code was presented for, with the budget of its subject, budgets first: of any number
 -- of guesses at once, each sees the counts that the one before it left. By an address, the newest live code is meant;
--- where none is live, the newest.
+-- where none is live, the newest. `skipped` is what is there and was not locked: by somebody else's lock where the
+-- statement passes over these, otherwise because it is gone.
 with request as (
   select * from unnest(
     %(ords)s::int[], %(token_types)s::auth.one_time_token_type[], %(user_ids)s::uuid[], %(relates_to)s::text[]
@@ -187,6 +188,12 @@ with request as (
     (
       select t.id, t.user_id, t.token_type
       from auth.one_time_tokens as t
+      cross join lateral (
+        select s.ttl
+        from onetime.one_time_token_states as s
+        where s.user_id = t.user_id and s.token_type = t.token_type and s.token_id = t.id
+        offset 0
+      ) as s
       where r.user_id is not null
         and t.user_id = r.user_id and t.token_type = r.token_type and t.token_hash ~ '^ot[ch]1\.'
     )
@@ -212,7 +219,7 @@ with request as (
   where b.user_id = any (array(select f.user_id from found as f))
     and (b.user_id, b.purpose) in (select f.user_id, f.token_type::text from found as f)
   order by b.user_id, b.purpose
-  for update of b
+  for update of b /* skip locked */
 ), locked as materialized (
   select
     f.ord, t.id, t.user_id, t.token_type, t.token_hash, t.relates_to, t.created_at, t.updated_at,
@@ -224,17 +231,21 @@ with request as (
     and s.token_type = f.token_type and s.token_id = f.id
   where (select count(*) from budget) >= 0 -- which makes that come first
   order by f.user_id, f.token_type
-  for update of t, s
+  for update of t, s /* skip locked */
 )
 select
-  l.ord, l.id, l.user_id, l.token_type, l.token_hash, l.relates_to, l.failed_attempts,
+  f.ord, f.id, f.user_id, f.token_type, l.token_hash, l.relates_to, l.failed_attempts,
   l.created_at at time zone 'utc' as create_time,
   l.updated_at at time zone 'utc' as update_time,
   (l.created_at + l.ttl) at time zone 'utc' as expire_time,
   l.created_at + l.ttl <= clock_timestamp() at time zone 'utc' as expired,
-  b.failures, b.failures_in_a_row, clock_timestamp() as now
-from locked as l
-left join budget as b on b.user_id = l.user_id and b.purpose = l.token_type::text
+  b.failures, b.failures_in_a_row, clock_timestamp() as now,
+  l.id is null or b.user_id is null and exists (
+    select from onetime.budgets as e where e.user_id = f.user_id and e.purpose = f.token_type::text
+  ) as skipped
+from found as f
+left join locked as l using (ord)
+left join budget as b on b.user_id = f.user_id and b.purpose = f.token_type::text
 
 -- name: charge_codes
 -- Count an attempt on tokens that this transaction has locked, before anybody compares it.
