@@ -20,6 +20,7 @@ import hashlib
 import hmac
 import re
 import secrets
+import time
 import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -314,6 +315,16 @@ def new_link_secret() -> str:
 def new_email_token() -> str:
     """Return 768 random bits in base64url: 128 characters, the least that the table takes."""
     return _encode(secrets.token_bytes(_EMAIL_TOKEN_BYTES))
+
+
+def new_row_id() -> uuid.UUID:
+    """Return an id for a new row: a UUID of version 7 (RFC 9562), the milliseconds since 1970 and 74 random bits.
+
+    It is unique and no secret. Ids that are made together stand together in an index, so that an insert into a large
+    table touches a page less that nobody else does.
+    """
+    moment = time.time_ns() // 1_000_000
+    return uuid.UUID(int=moment << 80 | 7 << 76 | secrets.randbits(12) << 64 | 0b10 << 62 | secrets.randbits(62))
 
 
 def new_code(length: int) -> str:

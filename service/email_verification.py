@@ -23,7 +23,7 @@ from psycopg.errors import ForeignKeyViolation
 from service import budgets, outbox
 from service.call import Call, about, current_call
 from service.config import Settings
-from service.crypto import EMAIL_CODE_LENGTH, Keyring, equal, new_code, new_email_token
+from service.crypto import EMAIL_CODE_LENGTH, Keyring, equal, new_code, new_email_token, new_row_id
 from service.db import (
     CHARGE_NOBODY,
     Database,
@@ -218,7 +218,7 @@ class EmailVerifications(pb_grpc.EmailVerificationServiceServicer):
 
         token = new_email_token()
         new = _NewVerification(
-            id=uuid.uuid4(),
+            id=new_row_id(),
             user_id=user_id,
             ttl=ttl,
             token=token,

@@ -24,7 +24,16 @@ from psycopg.errors import ForeignKeyViolation
 from service import budgets
 from service.call import Call, about, current_call
 from service.config import Settings
-from service.crypto import CodeHasher, CodeSubject, Keyring, binds_row, is_slow, new_code, new_link_secret
+from service.crypto import (
+    CodeHasher,
+    CodeSubject,
+    Keyring,
+    binds_row,
+    is_slow,
+    new_code,
+    new_link_secret,
+    new_row_id,
+)
 from service.db import (
     CHARGE_NOBODY,
     Database,
@@ -157,7 +166,7 @@ class OneTimeTokens(pb_grpc.OneTimeTokenServiceServicer):
         fields.done()
         _allow(token_type)
 
-        subject = CodeSubject(uuid.uuid4(), token_type, user_id, relates_to)
+        subject = CodeSubject(new_row_id(), token_type, user_id, relates_to)
         if code_length:
             secret = new_code(code_length)
             if self._hasher.slow:

@@ -6,6 +6,7 @@ import itertools
 import os
 import re
 import string
+import time
 import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -33,6 +34,7 @@ from service.crypto import (
     new_email_token,
     new_key,
     new_link_secret,
+    new_row_id,
 )
 
 SERVICE: Final = Path(__file__).parent.parent / "service"
@@ -243,6 +245,18 @@ def test_jitter_is_a_quarter_at_most() -> None:
     assert 7.85 < sum(made) / len(made) < 8.15
     assert len(set(made)) > 1900
     assert jittered(0) == 0
+
+
+def test_row_ids_stand_in_order() -> None:
+    """They are UUIDs of version 7, unique, and those made later stand after those made before."""
+    before = time.time_ns() // 1_000_000
+    ids = [new_row_id() for _ in range(10_000)]
+    after = time.time_ns() // 1_000_000
+    assert {(each.version, each.variant) for each in ids} == {(7, uuid.RFC_4122)}
+    moments = [each.int >> 80 for each in ids]
+    assert before <= moments[0] <= moments[-1] <= after
+    assert moments == sorted(moments)
+    assert len({each.int & (2**80 - 1) for each in ids}) == len(ids)
 
 
 def test_equal() -> None:
