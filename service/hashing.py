@@ -5,14 +5,17 @@ of codes would take all memory. Callers share the places, and take turns: who co
 another's fifty.
 
 A code is charged before it is compared, which takes a trip to the database. So turns are given a little ahead of the
-threads, lest these wait for trips; and several at a time, so that where many wait, their charges share one.
+threads, lest these wait for trips; and several at a time, so that where many wait, their charges share one. For the
+same reason a thread takes several codes at a time where many wait, and tells of them together: so they are settled
+together, and the event loop is not woken, and does not hold up the threads, for each of them.
 """
 
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any, Final, Protocol, TypeVar
 
 from service.call import current_call
@@ -20,13 +23,14 @@ from service.crypto import NO_VERDICT
 from service.errors import Overloaded
 from service.metrics import ARGON2_BUSY, ARGON2_HASHES, ARGON2_QUEUED
 from service.places import Places
+from service.sets import Outcome, each
 
 T = TypeVar("T")
 
-FEWEST: Final = 2
+FEWEST: Final = 3
 """Turns for each thread, those in the threads included. When there are no more, further ones are given."""
 
-MOST: Final = 4
+MOST: Final = 6
 """Turns for each thread, to which it is filled up then: what one caller's code waits for when others come with many."""
 
 
@@ -41,6 +45,16 @@ class Run(Protocol):
         """
 
 
+@dataclass(slots=True, eq=False)
+class _Job:
+    """What is to be hashed in a turn."""
+
+    work: Callable[[], Any]
+    outcome: asyncio.Future[Any] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    begun: bool = False
+    """Whether a thread has taken it."""
+
+
 class Hashing:
     """The threads that hash. A class because it knows who waits for them."""
 
@@ -49,10 +63,15 @@ class Hashing:
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="argon2")
         self._places = Places(threads + queue)
         self._threads = threads
+        self._idle = threads
         self._turns = 0
         """How many were given and are not over."""
         self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
         """Who waits for a turn, by caller. The caller who is next stands first."""
+        self._ready: list[_Job] = []
+        """What waits for a thread."""
+        self._begins = False
+        """Whether what is ready is about to be given to threads."""
 
     @contextlib.asynccontextmanager
     async def turn(self) -> AsyncIterator[Run]:
@@ -65,15 +84,17 @@ class Hashing:
         """
         caller = current_call.get().caller
         self._places.take(caller)
-        jobs: list[Future[Any]] = []
+        jobs: list[_Job] = []
 
         async def run(work: Callable[[], T]) -> T:
-            job = self._executor.submit(_counted, work)
-            jobs.append(job)
+            jobs.append(_Job(work))
+            self._ready.extend(jobs)
+            self._begin_soon()
             try:
-                return await asyncio.wrap_future(job)
+                result: T = await jobs[0].outcome
             except NO_VERDICT as error:
                 raise Overloaded from error
+            return result
 
         ARGON2_QUEUED.inc()
         try:
@@ -81,10 +102,12 @@ class Hashing:
             try:
                 yield run
             finally:
-                self._end(jobs)
+                if not any(job.begun for job in jobs):
+                    # Otherwise it is over when the work is, whether its caller has gone or not: a thread cannot be
+                    # stopped.
+                    self._end_turns(1)
         finally:
-            if not jobs or jobs[0].cancelled():
-                # Otherwise its work says so, as it begins.
+            if not any(job.begun for job in jobs):
                 ARGON2_QUEUED.dec()
             self._places.give_back(caller)
 
@@ -97,16 +120,11 @@ class Hashing:
         except asyncio.CancelledError:
             if not turn.cancelled():
                 # It was given in that moment.
-                self._end([])
+                self._end_turns(1)
             raise
 
-    def _end(self, jobs: list[Future[Any]]) -> None:
-        """End a turn: when its work has ended, not when its caller has gone. A thread cannot be stopped."""
-        if jobs and not jobs[0].done():
-            loop = asyncio.get_running_loop()
-            jobs[0].add_done_callback(lambda _: loop.call_soon_threadsafe(self._end, []))
-            return
-        self._turns -= 1
+    def _end_turns(self, number: int) -> None:
+        self._turns -= number
         self._give_turns()
 
     def _give_turns(self) -> None:
@@ -124,13 +142,46 @@ class Hashing:
                 self._turns += 1
                 turn.set_result(None)
 
+    def _begin_soon(self) -> None:
+        """Give threads what is ready when all that becomes ready now is."""
+        if not self._begins:
+            self._begins = True
+            asyncio.get_running_loop().call_soon(self._begin)
+
+    def _begin(self) -> None:
+        """Give each idle thread its part of what is ready."""
+        self._begins = False
+        loop = asyncio.get_running_loop()
+        self._ready = [job for job in self._ready if not job.outcome.cancelled()]
+        part = -(-len(self._ready) // self._threads)
+        while self._idle and self._ready:
+            jobs, self._ready = self._ready[:part], self._ready[part:]
+            for job in jobs:
+                job.begun = True
+            self._idle -= 1
+            ARGON2_QUEUED.dec(len(jobs))
+            hashed = self._executor.submit(_hash, [job.work for job in jobs])
+            hashed.add_done_callback(lambda done, jobs=jobs: loop.call_soon_threadsafe(self._tell, jobs, done))  # type: ignore[misc] # its default
+
+    def _tell(self, jobs: Sequence[_Job], hashed: Future[list[Outcome[Any]]]) -> None:
+        """Tell callers what has come of their work, those who are still there."""
+        self._idle += 1
+        for job, outcome in zip(jobs, hashed.result(), strict=True):
+            if job.outcome.cancelled():
+                continue
+            if isinstance(outcome, Exception):
+                job.outcome.set_exception(outcome)
+            else:
+                job.outcome.set_result(outcome)
+        self._end_turns(len(jobs))
+        self._begin()
+
     def close(self) -> None:
         """End the threads, after what they are doing."""
         self._executor.shutdown()
 
 
-def _counted(work: Callable[[], T]) -> T:
-    ARGON2_QUEUED.dec()
-    ARGON2_HASHES.inc()
+def _hash(work: Sequence[Callable[[], Any]]) -> list[Outcome[Any]]:
+    ARGON2_HASHES.inc(len(work))
     with ARGON2_BUSY.track_inprogress():
-        return work()
+        return each(lambda one: one(), work)

@@ -59,8 +59,8 @@ SET_ELEMENTS: Final = Histogram(
     registry=REGISTRY,
 )
 ARGON2_HASHES: Final = Counter("onetime_argon2_hashes", "Argon2 hashes made and checked.", registry=REGISTRY)
-ARGON2_BUSY: Final = Gauge("onetime_argon2_busy", "Threads that make an Argon2 hash.", registry=REGISTRY)
-ARGON2_QUEUED: Final = Gauge("onetime_argon2_queued", "Codes that wait for such a thread.", registry=REGISTRY)
+ARGON2_BUSY: Final = Gauge("onetime_argon2_busy", "Threads that make Argon2 hashes.", registry=REGISTRY)
+ARGON2_QUEUED: Final = Gauge("onetime_argon2_queued", "Codes that no such thread has taken yet.", registry=REGISTRY)
 
 MAILS: Final = Counter(
     "onetime_mails",

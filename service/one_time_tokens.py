@@ -9,7 +9,7 @@ the code is right. Between the two no connection and no lock is held, since Argo
 """
 
 import uuid
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
@@ -127,6 +127,16 @@ class _Judged:
     earlier_answer: bytes | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class _Right:
+    """A code that was found right."""
+
+    intent: Intent
+    judged: _Judged
+    spend: bool
+    """Whether it is to be spent, or was asked for only."""
+
+
 class OneTimeTokens(pb_grpc.OneTimeTokenServiceServicer):
     """The servicer. See the proto for what each rpc promises."""
 
@@ -150,6 +160,9 @@ class OneTimeTokens(pb_grpc.OneTimeTokenServiceServicer):
             "charge",
             self._charge_all,
             keys=lambda guess: ((guess.token_type, guess.user_id or guess.relates_to), *guess.intent.keys),
+        )
+        self._rights: Sets[_Right, pb.ConsumeTokenResponse] = Sets(
+            "settle", self._settle_all, keys=lambda right: (_spender(right.judged.row), *right.intent.keys)
         )
 
     async def IssueToken(self, request: pb.IssueTokenRequest, context: Context) -> pb.IssueTokenResponse:
@@ -340,48 +353,78 @@ class OneTimeTokens(pb_grpc.OneTimeTokenServiceServicer):
 
     async def _check_code(self, intent: Intent, credential: _CodeCredential) -> Row:
         judged = await self._compare(intent, credential)
-        row = judged.row
-        right = [budgets.end_runs((_spender(row), judged.charged_at)), (_QUERIES["refund_codes"], _code_params(row))]
-        await self._undoing(intent, judged, self._database.commit(*right))
-        return row
+        await self._settle_right(_Right(intent, judged, spend=False))
+        return judged.row
 
     async def _consume_code(self, intent: Intent, credential: _CodeCredential) -> pb.ConsumeTokenResponse:
         judged = await self._compare(intent, credential)
         if judged.earlier_answer is not None:
             return pb.ConsumeTokenResponse.FromString(judged.earlier_answer)
-        return await self._undoing(intent, judged, self._database.run(partial(self._spend_code, intent, judged)))
+        return await self._settle_right(_Right(intent, judged, spend=True))
 
-    async def _undoing(self, intent: Intent, judged: _Judged, work: Awaitable[T]) -> T:
+    async def _settle_right(self, right: _Right) -> pb.ConsumeTokenResponse:
         """Do what follows a right code; if nothing came of it, the failure is ours, and the charge is given back."""
         try:
-            return await work
+            return await self._rights.run(right)
         except DatabaseUnavailable:
             with suppress(DatabaseUnavailable, OutcomeUnknown):
-                await self._database.commit(*self._undo(intent, judged))
+                await self._database.commit(*self._undo(right.intent, right.judged))
             raise
 
-    async def _spend_code(self, intent: Intent, judged: _Judged, transaction: Transaction) -> pb.ConsumeTokenResponse:
-        """Spend a token whose code was found right. Another caller with the same right code may have been faster."""
-        row = judged.row
-        params: Params = {"ids": [row["id"]], "token_hashes": [row["token_hash"]]}
-        spend = (budgets.end_runs((_spender(row), judged.charged_at)), (_QUERIES["consume_codes"], params))
-        receipt: Row | None = None
-        if intent.request_id:
-            (receipt,), (_, spent) = await claim(transaction, [intent], *spend)
+    async def _settle_all(self, rights: Sequence[_Right]) -> Sequence[Outcome[pb.ConsumeTokenResponse]]:
+        return await self._database.transact(partial(self._settle, rights), writes=len(rights))
+
+    async def _settle(
+        self, rights: Sequence[_Right], transaction: Transaction
+    ) -> Sequence[Outcome[pb.ConsumeTokenResponse]]:
+        """Give charges back, and spend tokens. Another caller with the same right code may have been faster."""
+        alone = len(rights) == 1
+        transaction.impatient = not alone
+        intents = [right.intent for right in rights]
+        receipts: Sequence[Row | None] = [None] * len(rights)
+        if any(intent.request_id for intent in intents):
+            receipts, (*_, rows) = await claim(transaction, intents, *_spend(rights))
         else:
             # Where no answer is to be kept, one trip does it all.
-            _, spent = await transaction.commit(*spend)
-        earlier = intent.earlier(receipt)
+            *_, rows = await transaction.commit(*_spend(rights))
+        spent = {row["id"]: row for row in rows}
+
+        outcomes = each(partial(self._judge_right, spent), rights, receipts)
+        if transaction.committed:
+            return outcomes
+        answered, refused = [], []
+        for right, outcome in zip(rights, outcomes, strict=True):
+            if not isinstance(outcome, Exception):
+                answered.append((right.intent, right.judged.row["id"], outcome))
+            elif isinstance(outcome, TokenExpired | TokenNotFound):
+                refused.append(right.intent)
+            elif alone:
+                # Another call's receipt has taken the place of this one's: what was spent for it is rolled back.
+                return outcomes
+            else:
+                # Of several, that is done to it alone.
+                raise StatementFailed
+        await transaction.commit(*settle(*answered), *drop(*refused))
+        return outcomes
+
+    def _judge_right(
+        self, spent: Mapping[uuid.UUID, Row], right: _Right, receipt: Row | None
+    ) -> pb.ConsumeTokenResponse:
+        """Return the answer to a right code.
+
+        Raises:
+            CredentialError: It was too late, or another caller faster.
+        """
+        earlier = right.intent.earlier(receipt)
         if earlier and earlier.answer is not None:
             # Another try of this very call was faster: what it got is the answer of both.
             return pb.ConsumeTokenResponse.FromString(earlier.answer)
-        response = pb.ConsumeTokenResponse(token=self._token(row, row["failed_attempts"]))
-        accepted = spent and not spent[0]["expired"]
-        if not transaction.committed:
-            await transaction.commit(*(settle((intent, row["id"], response)) if accepted else drop(intent)))
-        if accepted:
-            return response
-        raise TokenExpired if spent else TokenNotFound
+        row = right.judged.row
+        if right.spend and row["id"] not in spent:
+            raise TokenNotFound
+        if right.spend and spent[row["id"]]["expired"]:
+            raise TokenExpired
+        return pb.ConsumeTokenResponse(token=self._token(row, row["failed_attempts"]))
 
     async def _compare(self, intent: Intent, credential: _CodeCredential) -> _Judged:
         """Charge an attempt, commit it, and compare the code. Return only if it is right; its charge is not back yet.
@@ -607,6 +650,21 @@ def _code_params(*rows: Row) -> Params:
         "token_types": [row["token_type"] for row in rows],
         "ids": [row["id"] for row in rows],
     }
+
+
+def _spend(rights: Sequence[_Right]) -> list[tuple[str, Params]]:
+    """Return the statements for right codes; the last one gives what it has spent, if any is to be.
+
+    Budgets are locked before tokens, and either in one order: so no two sets wait for each other in a circle.
+    """
+    ordered = sorted(rights, key=lambda right: _spender(right.judged.row))
+    statements = [budgets.end_runs(*((_spender(right.judged.row), right.judged.charged_at) for right in ordered))]
+    if kept := [right.judged.row for right in ordered if not right.spend]:
+        statements.append((_QUERIES["refund_codes"], _code_params(*kept)))
+    if spent := [right.judged.row for right in ordered if right.spend]:
+        params = {"ids": [row["id"] for row in spent], "token_hashes": [row["token_hash"] for row in spent]}
+        statements.append((_QUERIES["consume_codes"], params))
+    return statements
 
 
 def _charge_nobody() -> list[tuple[str, Params]]:
