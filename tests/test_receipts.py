@@ -14,6 +14,7 @@ from calls import (
     connected,
     consume_request,
     contents,
+    ended,
     expire,
     new_id,
     open_channel,
@@ -295,6 +296,31 @@ async def test_wrong_code_whose_verdict_was_lost(clients: tuple[Client, Client],
         refusal = await refused(other.consume(issued, wrong(issued.secret), request_id=again))
         assert (refusal.reason, refusal.attempts_remaining) == ("CODE_MISMATCH", 4)
     assert token_row(database, issued)["failed_attempts"] == 1
+
+
+async def test_a_code_whose_receipt_becomes_anothers_is_not_spent(serve: Serve, migrated_url: str) -> None:
+    """What would be told that its request_id is another call's has no effect, though others are settled with it."""
+    request_ids = [new_id() for _ in range(6)]
+    charged = "select from onetime.receipts where request_id = %s and answer is not null"
+    take = "update onetime.receipts set fingerprint = 'of another' where request_id = %s"
+    async with (
+        serve(migrated_url, argon2_threads=1, argon2_memory_kib=19456, argon2_time_cost=10) as server,
+        server.channel() as channel,
+    ):
+        client = Client(channel)
+        issued = [await client.issue(digits=6) for _ in request_ids]
+        with connected(migrated_url) as database:
+            pairs = zip(issued, request_ids, strict=True)
+            calls = [asyncio.create_task(ended(client.consume(each, request_id=again))) for each, again in pairs]
+            await until(lambda: database.execute(charged, [request_ids[3]]).rowcount == 1)
+            assert database.execute(take, [request_ids[3]]).rowcount == 1
+            words = await asyncio.gather(*calls)
+            assert words == ["OK", "OK", "OK", "REQUEST_ID_REUSED", "OK", "OK"]
+            left = {
+                row["token_id"] for row in database.execute("select token_id::text from onetime.one_time_token_states")
+            }
+            assert left == {issued[3].token.id}
+        await client.consume(issued[3])
 
 
 # StartEmailVerification
