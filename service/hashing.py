@@ -6,13 +6,14 @@ another's fifty.
 
 A code is charged before it is compared, which takes a trip to the database. So turns are given a little ahead of the
 threads, lest these wait for trips; and several at a time, so that where many wait, their charges share one. For the
-same reason a thread takes several codes at a time where many wait, and tells of them together: so they are settled
-together, and the event loop is not woken, and does not hold up the threads, for each of them.
+same reason a thread takes a few codes of one caller at a time where many wait, and tells of them together: so they are
+settled together, and the event loop is not woken, and does not hold up the threads, for each of them.
 """
 
 import asyncio
 import contextlib
-from collections import deque
+import math
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -31,7 +32,10 @@ FEWEST: Final = 3
 """Turns for each thread, those in the threads included. When there are no more, further ones are given."""
 
 MOST: Final = 6
-"""Turns for each thread, to which it is filled up then: what one caller's code waits for when others come with many."""
+"""Turns for each thread, to which it is filled up then. A caller who has none gets one beyond."""
+
+LONGEST: Final = 3
+"""Codes of one caller that a thread takes at a time."""
 
 
 class Run(Protocol):
@@ -49,6 +53,7 @@ class Run(Protocol):
 class _Job:
     """What is to be hashed in a turn."""
 
+    caller: str
     work: Callable[[], Any]
     outcome: asyncio.Future[Any] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     begun: bool = False
@@ -64,12 +69,12 @@ class Hashing:
         self._places = Places(threads + queue)
         self._threads = threads
         self._idle = threads
-        self._turns = 0
-        """How many were given and are not over."""
+        self._turns: Counter[str] = Counter()
+        """How many were given and are not over, by caller."""
         self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
         """Who waits for a turn, by caller. The caller who is next stands first."""
-        self._ready: list[_Job] = []
-        """What waits for a thread."""
+        self._ready: dict[str, list[_Job]] = {}
+        """What waits for a thread, by caller. The caller who is next stands first."""
         self._begins = False
         """Whether what is ready is about to be given to threads."""
 
@@ -87,8 +92,8 @@ class Hashing:
         jobs: list[_Job] = []
 
         async def run(work: Callable[[], T]) -> T:
-            jobs.append(_Job(work))
-            self._ready.extend(jobs)
+            jobs.append(_Job(caller, work))
+            self._ready.setdefault(caller, []).extend(jobs)
             self._begin_soon()
             try:
                 result: T = await jobs[0].outcome
@@ -105,7 +110,7 @@ class Hashing:
                 if not any(job.begun for job in jobs):
                     # Otherwise it is over when the work is, whether its caller has gone or not: a thread cannot be
                     # stopped.
-                    self._end_turns(1)
+                    self._end_turns(caller, 1)
         finally:
             if not any(job.begun for job in jobs):
                 ARGON2_QUEUED.dec()
@@ -120,27 +125,34 @@ class Hashing:
         except asyncio.CancelledError:
             if not turn.cancelled():
                 # It was given in that moment.
-                self._end_turns(1)
+                self._end_turns(caller, 1)
             raise
 
-    def _end_turns(self, number: int) -> None:
-        self._turns -= number
+    def _end_turns(self, caller: str, number: int) -> None:
+        self._turns[caller] -= number
+        if not self._turns[caller]:
+            # Callers come and go; what is kept of them must not grow.
+            del self._turns[caller]
         self._give_turns()
 
     def _give_turns(self) -> None:
-        """Give turns, if there are few: callers in turn, each one's work in its order."""
-        if self._turns > FEWEST * self._threads:
-            return
-        while self._waiting and self._turns < MOST * self._threads:
-            caller = next(iter(self._waiting))
-            turns = self._waiting.pop(caller)
-            turn = turns.popleft()
-            if turns:
-                # Last in line for the next one.
-                self._waiting[caller] = turns
-            if not turn.cancelled():
-                self._turns += 1
-                turn.set_result(None)
+        """Give a turn to each caller who has none; and if there are few, further ones to callers in turn."""
+        for caller in [caller for caller in self._waiting if not self._turns[caller]]:
+            self._give_turn(caller)
+        if self._turns.total() <= FEWEST * self._threads:
+            while self._waiting and self._turns.total() < MOST * self._threads:
+                self._give_turn(next(iter(self._waiting)))
+
+    def _give_turn(self, caller: str) -> None:
+        """Give a caller's next call a turn, if it is still there."""
+        turns = self._waiting.pop(caller)
+        turn = turns.popleft()
+        if turns:
+            # Last in line for the next one.
+            self._waiting[caller] = turns
+        if not turn.cancelled():
+            self._turns[caller] += 1
+            turn.set_result(None)
 
     def _begin_soon(self) -> None:
         """Give threads what is ready when all that becomes ready now is."""
@@ -149,13 +161,19 @@ class Hashing:
             asyncio.get_running_loop().call_soon(self._begin)
 
     def _begin(self) -> None:
-        """Give each idle thread its part of what is ready."""
+        """Give each idle thread its part of what is ready, of one caller: nobody waits for another's part."""
         self._begins = False
         loop = asyncio.get_running_loop()
-        self._ready = [job for job in self._ready if not job.outcome.cancelled()]
-        part = -(-len(self._ready) // self._threads)
+        part = min(math.ceil(sum(map(len, self._ready.values())) / self._threads), LONGEST)
         while self._idle and self._ready:
-            jobs, self._ready = self._ready[:part], self._ready[part:]
+            caller = next(iter(self._ready))
+            all_of = self._ready.pop(caller)
+            if all_of[part:]:
+                # Last in line for the next thread.
+                self._ready[caller] = all_of[part:]
+            jobs = [job for job in all_of[:part] if not job.outcome.cancelled()]
+            if not jobs:
+                continue
             for job in jobs:
                 job.begun = True
             self._idle -= 1
@@ -173,7 +191,7 @@ class Hashing:
                 job.outcome.set_exception(outcome)
             else:
                 job.outcome.set_result(outcome)
-        self._end_turns(len(jobs))
+        self._end_turns(jobs[0].caller, len(jobs))
         self._begin()
 
     def close(self) -> None:
