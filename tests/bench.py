@@ -45,9 +45,11 @@ ROOT: Final = Path(__file__).parent.parent
 TESTS: Final = ROOT / "tests"
 LOAD: Final = ROOT / "build" / "load"
 
+MEMORY: Final = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
 POSTGRES: Final = {
     "max_connections": "450",  # pgbench with hundreds of clients, beside the servers' pools
-    "shared_buffers": "1GB",
+    "shared_buffers": f"{MEMORY // 4 // 2**20}MB",  # a quarter of the memory, as PostgreSQL's documentation advises
     "max_wal_size": "8GB",  # no checkpoint in the middle of a run, which would be somebody's bad luck
     "checkpoint_timeout": "30min",
 }
@@ -686,7 +688,7 @@ def machine(url: str, folder: Path) -> Result:
         "commit": _commit(),
         "cores": cores,
         "processor": _processor(),
-        "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "memory": MEMORY,
         "system": f"{platform.system()} {platform.release()}",
         "file_system": _file_system(folder),
         "load_before": round(os.getloadavg()[0], 2),
