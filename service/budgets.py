@@ -115,8 +115,8 @@ def name_of_charge(budget: Mapping[str, Any]) -> datetime:
     return max(now, failures[-1] + timedelta(microseconds=1)) if failures else now
 
 
-Charge: TypeAlias = tuple[Subject, datetime | None]
-"""A subject, and the name of a wrong code that is counted on its budget; None for one that was not counted."""
+Charge: TypeAlias = tuple[Subject, datetime]
+"""A subject, and the name of a wrong code that is counted on its budget."""
 
 
 def charge(settings: Settings, *charges: Charge) -> Statement:
@@ -125,12 +125,12 @@ def charge(settings: Settings, *charges: Charge) -> Statement:
     return _QUERIES["charge_budgets"], {**_charged(charges), "keep": keep}
 
 
-def end_runs(*charges: Charge) -> Statement:
+def end_runs(*charges: tuple[Subject, datetime | None]) -> Statement:
     """Return the statement for right codes: it takes back each one's own charge, and ends the run."""
     return _QUERIES["end_runs"], _charged(charges)
 
 
-def forget(*charges: Charge) -> Statement:
+def forget(*charges: tuple[Subject, datetime | None]) -> Statement:
     """Return the statement for codes that came to no verdict: it takes back their charges, and nothing else.
 
     For a subject without a budget it costs nearly what `charge` costs, and does nothing.
@@ -142,5 +142,5 @@ def _params(subjects: Sequence[Subject]) -> dict[str, object]:
     return {"user_ids": [user_id for user_id, _ in subjects], "purposes": [purpose for _, purpose in subjects]}
 
 
-def _charged(charges: Sequence[Charge]) -> dict[str, object]:
+def _charged(charges: Sequence[tuple[Subject, datetime | None]]) -> dict[str, object]:
     return {**_params([subject for subject, _ in charges]), "charged_ats": [charged_at for _, charged_at in charges]}

@@ -92,11 +92,12 @@ class Hashing:
         jobs: list[_Job] = []
 
         async def run(work: Callable[[], T]) -> T:
-            jobs.append(_Job(caller, work))
-            self._ready.setdefault(caller, []).extend(jobs)
+            job = _Job(caller, work)
+            jobs.append(job)
+            self._ready.setdefault(caller, []).append(job)
             self._begin_soon()
             try:
-                result: T = await jobs[0].outcome
+                result: T = await job.outcome
             except NO_VERDICT as error:
                 raise Overloaded from error
             return result

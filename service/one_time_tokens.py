@@ -522,7 +522,7 @@ class OneTimeTokens(pb_grpc.OneTimeTokenServiceServicer):
             if not isinstance(judged, Exception)
         ]
         counts = [
-            *(self._count([judged for _, judged in charged]) if charged else []),
+            *(self._count([judged.row for _, judged in charged]) if charged else []),
             # As much work as a charge: otherwise the time of an answer would tell who has a code.
             *(_charge_nobody() if any(isinstance(outcome, TokenNotFound) for outcome in outcomes) else []),
         ]
@@ -531,10 +531,9 @@ class OneTimeTokens(pb_grpc.OneTimeTokenServiceServicer):
             await transaction.commit(*answers, *drop_refused(intents, receipts, outcomes), *counts)
         return outcomes
 
-    def _count(self, charged: Sequence[_Judged]) -> list[tuple[str, Params]]:
+    def _count(self, rows: Sequence[Row]) -> list[tuple[str, Params]]:
         """Return the statements that charge an attempt on tokens and budgets."""
-        charges = [(_spender(judged.row), judged.charged_at) for judged in charged]
-        rows = [judged.row for judged in charged]
+        charges = [(_spender(row), budgets.name_of_charge(row)) for row in rows]
         return [budgets.charge(self._settings, *charges), (_QUERIES["charge_codes"], _code_params(*rows))]
 
     async def _charged_before(self, earlier: Receipt, intent: Intent, transaction: Transaction) -> _Judged:

@@ -195,12 +195,12 @@ MUTANTS: Final = (
         "one_time_tokens.py",
         (
             (
-                "            *(self._count([judged for _, judged in charged]) if charged else []),\n",
+                "            *(self._count([judged.row for _, judged in charged]) if charged else []),\n",
                 "",
             ),
             (
                 "        mismatch = CodeMismatch(",
-                ("        await self._database.commit(*self._count([judged]))\n        mismatch = CodeMismatch("),
+                ("        await self._database.commit(*self._count([row]))\n        mismatch = CodeMismatch("),
             ),
         ),
         (f"{_GUESSES}[code by user]",),
