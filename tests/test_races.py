@@ -302,6 +302,20 @@ async def test_an_answer_says_what_the_row_said(clients: list[Client]) -> None:
 # Guesses
 
 
+WAITING: Final = "select from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'"
+"""Sessions that wait for a lock."""
+
+
+def lock_state(holder: psycopg.Connection[Any], kind: Kind, made: Any) -> None:  # noqa: ANN401 - each kind has its own
+    """Lock the row that counts the guesses, until the holder's transaction ends."""
+    states, row = (
+        ("onetime.email_verification_states where id = %s", made.verification)
+        if kind is EMAIL_CODE
+        else ("onetime.one_time_token_states where token_id = %s", made.token)
+    )
+    assert holder.execute(f"select from {states} for update", [row.id]).rowcount == 1
+
+
 @CODE_KINDS
 async def test_guesses_at_once_are_bounded(replicas: Replicas, clients: list[Client], kind: Kind) -> None:
     """Of many wrong codes at once five are compared, each is told what is left, and then the right one is refused."""
@@ -314,6 +328,25 @@ async def test_guesses_at_once_are_bounded(replicas: Replicas, clients: list[Cli
         (right,) = await at_once(spending(kind, clients, made, callers=1))
         assert right.word == "ATTEMPTS_EXHAUSTED"
         assert not kind.spent(database, made)
+
+
+@CODE_KINDS
+async def test_guesses_that_wait_together_share_the_last_attempt(
+    replicas: Replicas, clients: list[Client], kind: Kind
+) -> None:
+    """Two servers wait for one token that has one attempt left: one compares its code, and the other sees the count."""
+    made = await kind.make(clients[0])
+    first, other, *earlier = guessing(kind, clients, made)[: MAX_ATTEMPTS + 1]
+    for guess in earlier:
+        assert (await outcome(guess)).word == "CODE_MISMATCH"
+    with connected(replicas.url) as database, connected(replicas.url) as holder:
+        async with asyncio.timeout(TIMEOUT_S):
+            with holder.transaction():
+                lock_state(holder, kind, made)
+                pair = asyncio.gather(outcome(first), outcome(other))
+                await until(lambda: database.execute(WAITING).rowcount == 2)
+            assert words(await pair) == {"CODE_MISMATCH": 1, "ATTEMPTS_EXHAUSTED": 1}
+        assert kind.failed_attempts(database, made) == MAX_ATTEMPTS
 
 
 @CODE_KINDS
@@ -354,18 +387,12 @@ async def test_a_call_goes_on_when_its_caller_hangs_up(
     """A guess that has arrived is counted, and a right code spent, though its caller hangs up in the middle."""
     made = await kind.make(clients[0])
     secret = kind.secret(made) if right else wrong(kind.secret(made))
-    states, row = (
-        ("onetime.email_verification_states where id = %s", made.verification)
-        if kind is EMAIL_CODE
-        else ("onetime.one_time_token_states where token_id = %s", made.token)
-    )
-    waiting = "select from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'"
     with connected(replicas.url) as database, connected(replicas.url) as holder:
         async with asyncio.timeout(TIMEOUT_S):
             with holder.transaction():
-                assert holder.execute(f"select from {states} for update", [row.id]).rowcount == 1
+                lock_state(holder, kind, made)
                 call = asyncio.ensure_future(kind.spend(clients[0], made, secret, ""))
-                await until(lambda: database.execute(waiting).rowcount)
+                await until(lambda: database.execute(WAITING).rowcount)
                 call.cancel()
                 await asyncio.wait([call])
                 # A call behind it on the same connection: the server knows by now.
