@@ -61,6 +61,9 @@ BASE_ROWS: Final = 10_000
 START_TIMEOUT_S: Final = 60.0
 STOP_TIMEOUT_S: Final = 30.0
 POLL_S: Final = 0.005
+AGEING_S: Final = 60.0
+"""Of calls on the large database between its checkpoint and what is measured."""
+
 SPARE_BYTES: Final = 12 * 2**30
 """For the write-ahead log and the servers' logs."""
 
@@ -377,12 +380,19 @@ class Bench:
         """Return a connection for what is done besides: `with bench.connect() as connection`."""
         return psycopg.connect(url or self.url, autocommit=True)
 
-    def prepare(self, url: str, *, fill: bool = True) -> None:
+    def prepare(self, url: str) -> None:
         """Have the tables as every run finds them."""
         with self.connect(url) as connection:
             bench_rows.wipe(connection)
-            if fill:
-                bench_rows.fill(connection, 0, BASE_ROWS)
+            bench_rows.fill(connection, 0, BASE_ROWS)
+
+    def settle(self, url: str, *, tidy: bool = True, checkpoint: bool = True) -> None:
+        """Have what was prepared as good as old; with a checkpoint, on disk too: no run pays for another's."""
+        with self.connect(url) as connection:
+            if tidy:
+                bench_rows.tidy(connection)
+            if checkpoint:
+                connection.execute("checkpoint")
 
     def present(self, rpc: Rpc, url: str, count: int) -> Path:
         """Make what calls of an rpc present, and return the file for the load generator."""
@@ -396,7 +406,15 @@ class Bench:
         return path
 
     def measure(
-        self, server: Server, kind: str, rpc: Rpc, callers: int, url: str | None, *, fresh: bool = True
+        self,
+        server: Server,
+        kind: str,
+        rpc: Rpc,
+        callers: int,
+        url: str | None,
+        *,
+        fresh: bool = True,
+        checkpoint: bool = True,
     ) -> Result:
         """Measure an rpc on one server, with rows of its own, and return the figures.
 
@@ -407,6 +425,7 @@ class Bench:
             callers: How many call at once.
             url: Its database; None if it asks none.
             fresh: Whether the tables are to be as every run finds them.
+            checkpoint: Whether the run begins with a checkpoint.
         """
         plan = self.plan
         wanted = self._wanted(kind, rpc, callers)
@@ -415,11 +434,7 @@ class Bench:
                 if fresh:
                     self.prepare(url)
                 path = self.present(rpc, url, wanted)
-                with self.connect(url) as connection:
-                    if fresh:
-                        bench_rows.tidy(connection)
-                    else:
-                        connection.execute("checkpoint")
+                self.settle(url, tidy=fresh, checkpoint=checkpoint)
             else:
                 path = self._made_up(rpc)
             more: list[str | Path] = ["-input", path] if rpc.present else []
@@ -461,7 +476,7 @@ class Bench:
             with self.connect() as connection:
                 bench_rows.wipe(connection)
                 bench_rows.fill(connection, 0, max(rows, BASE_ROWS))
-                bench_rows.tidy(connection)
+            self.settle(self.url)
             try:
                 result = pgbench(program, self.url, rpc, callers, rows=max(rows, BASE_ROWS), plan=self.plan)
             except BenchError as error:
@@ -517,8 +532,7 @@ def measure_overload(bench: Bench) -> Result:
             for callers in levels:
                 bench.tell(f"round {turn + 1}: {callers} callers")
                 bench.prepare(bench.url)
-                with bench.connect() as connection:
-                    bench_rows.tidy(connection)
+                bench.settle(bench.url)
                 told = load(one, "issue-link-id", callers, plan, "-honour-retry")
                 cells.append(
                     {
@@ -578,29 +592,26 @@ def measure_growth(bench: Bench) -> Result:
     urls = {name: bench_rows.make_database(bench.url, name) for name in names}
     for url in urls.values():
         migrate(url)
-    begin = time.monotonic()
-    with bench.connect(urls["large"]) as connection:
-        done = 0
-
-        def progress(rows: int) -> None:
-            nonlocal done
-            done += rows
-            bench.tell(f"filled {done:,} of {plan.rows:,} rows")
-
-        bench.tell(f"filling {plan.rows:,} rows")
-        bench_rows.fill(connection, 0, plan.rows, key=bench.ring.keys[0].id, progress=progress)
-        bench_rows.tidy(connection)
-        ((size,),) = connection.execute("select pg_database_size(current_database())").fetchall()
-    filled = time.monotonic() - begin
+    size, filled = _fill(bench, urls["large"])
     with contextlib.ExitStack() as stack:
         servers = {name: stack.enter_context(server(plan, urls[name])) for name in names}
         for name in names:
             bench.prime(servers[name], urls[name], GROWING)
+        for rpc in plan.chosen(GROWING):
+            # The first change of a page after a checkpoint writes all of it to the log. Of a small table that is over
+            # at once; of a large one it takes a while, and then it is as it mostly is between two checkpoints.
+            if not rpc.present:
+                bench.tell(f"{rpc.name}, large, after the checkpoint")
+                first = bench.measure(servers["large"], "large", rpc, callers, urls["large"], fresh=False)
+                cells.append({"round": 0, "rpc": rpc.name, "size": "checkpoint", **first})
+                load(servers["large"], rpc.load, callers, plan, seconds=AGEING_S)
         for turn in range(plan.rounds):
             for rpc in plan.chosen(GROWING):
                 for name in turned(names, turn):
                     bench.tell(f"round {turn + 1}: {rpc.name}, {name}")
-                    result = bench.measure(servers[name], name, rpc, callers, urls[name], fresh=name == "small")
+                    result = bench.measure(
+                        servers[name], name, rpc, callers, urls[name], fresh=name == "small", checkpoint=False
+                    )
                     cells.append({"round": turn, "rpc": rpc.name, "size": name, **result})
     with bench.connect() as connection:
         for name in names:
@@ -612,6 +623,23 @@ def measure_growth(bench: Bench) -> Result:
         "filled_seconds": round(filled),
         "callers": callers,
     }
+
+
+def _fill(bench: Bench, url: str) -> tuple[int, float]:
+    """Fill the large database, and return its bytes, and the seconds that it took."""
+    begin, rows, done = time.monotonic(), bench.plan.rows, 0
+
+    def progress(more: int) -> None:
+        nonlocal done
+        done += more
+        bench.tell(f"filled {done:,} of {rows:,} rows")
+
+    bench.tell(f"filling {rows:,} rows")
+    with bench.connect(url) as connection:
+        bench_rows.fill(connection, 0, rows, key=bench.ring.keys[0].id, progress=progress)
+        bench.settle(url)
+        ((size,),) = connection.execute("select pg_database_size(current_database())").fetchall()
+    return int(str(size)), time.monotonic() - begin
 
 
 def measure_process(bench: Bench) -> Result:
@@ -665,7 +693,7 @@ def steps(section: str, plan: Plan) -> int:
         "calls": plan.rounds * len(plan.rpcs) * len(plan.callers) * (4 if find_pgbench() else 3),
         "overload": plan.rounds * 4,
         "codes": plan.rounds * 3,
-        "growth": plan.rounds * len(plan.chosen(GROWING)) * 2 + 1 + math.ceil(plan.rows / bench_rows.BATCH),
+        "growth": plan.rounds * len(plan.chosen(GROWING)) * 2 + 3 + math.ceil(plan.rows / bench_rows.BATCH),
         # A guess at how many runs it takes to make so many calls.
         "process": plan.starts + max(1, round(plan.calls / 2000 / (plan.seconds + plan.warmup))),
     }[section]

@@ -3,11 +3,13 @@
     bench_server.py empty serve ...    `onetime serve`, whose rpcs answer at once: what gRPC, interceptors, log and
                                        metrics cost without any work
     bench_server.py single serve ...   `onetime serve`, which decides each call on its own, in a transaction of its own
+                                       that goes on to its end although the caller hangs up, as it does in a set
     bench_server.py argon2 2 5         Argon2 alone, in two threads for five seconds
 
 It changes as little of the service as it can, and measures nothing of it.
 """
 
+import asyncio
 import json
 import sys
 import time
@@ -24,6 +26,7 @@ from onetime.v1 import one_time_tokens_pb2 as ott
 from service import cli
 from service.call import about, current_call
 from service.config import Settings
+from service.db import leave_unheard
 from service.email_verification import EmailVerifications
 from service.one_time_tokens import OneTimeTokens
 from service.sets import Sets
@@ -91,11 +94,19 @@ def decide_alone() -> None:
     """Let each call be decided at once, as many at a time as there are connections: the pool makes the others wait."""
 
     async def run(self: Any, element: object) -> object:  # noqa: ANN401 - its attributes are not for others
-        (outcome,) = await self._decide([element])
-        if isinstance(outcome, Exception):
-            raise outcome
-        result: object = outcome
-        return result
+        async def decide() -> object:
+            (outcome,) = await self._decide([element])
+            if isinstance(outcome, Exception):
+                raise outcome
+            result: object = outcome
+            return result
+
+        work = asyncio.create_task(decide())
+        try:
+            return await asyncio.shield(work)
+        except asyncio.CancelledError:
+            leave_unheard(work, decides=self._decides)
+            raise
 
     Sets.run = run  # type: ignore[method-assign, assignment] # which is the point
 
