@@ -6,16 +6,16 @@ another's fifty.
 
 A code is charged before it is compared, which takes a trip to the database. So turns are given a little ahead of the
 threads, lest these wait for trips; and several at a time, so that where many wait, their charges share one. For the
-same reason a thread takes a few codes of one caller at a time where many wait, and tells of them together: so they are
+same reason a thread goes on with what is ready before it tells of what is done, a few codes at a time: so they are
 settled together, and the event loop is not woken, and does not hold up the threads, for each of them.
 """
 
 import asyncio
 import contextlib
-import math
+import threading
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol, TypeVar
 
@@ -34,8 +34,8 @@ FEWEST: Final = 3
 MOST: Final = 6
 """Turns for each thread, to which it is filled up then. A caller who has none gets one beyond."""
 
-LONGEST: Final = 3
-"""Codes of one caller that a thread takes at a time."""
+LARGEST: Final = 4
+"""Codes that a thread tells of together. The first of them has waited for the others then."""
 
 
 class Run(Protocol):
@@ -68,15 +68,15 @@ class Hashing:
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="argon2")
         self._places = Places(threads + queue)
         self._threads = threads
-        self._idle = threads
         self._turns: Counter[str] = Counter()
         """How many were given and are not over, by caller."""
         self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
         """Who waits for a turn, by caller. The caller who is next stands first."""
-        self._ready: dict[str, list[_Job]] = {}
+        self._lock = threading.Lock()
+        """Held for the two below, which the threads and the event loop share."""
+        self._ready: dict[str, deque[_Job]] = {}
         """What waits for a thread, by caller. The caller who is next stands first."""
-        self._begins = False
-        """Whether what is ready is about to be given to threads."""
+        self._idle = threads
 
     @contextlib.asynccontextmanager
     async def turn(self) -> AsyncIterator[Run]:
@@ -94,10 +94,12 @@ class Hashing:
         async def run(work: Callable[[], T]) -> T:
             job = _Job(caller, work)
             jobs.append(job)
-            self._ready.setdefault(caller, []).append(job)
-            self._begin_soon()
+            self._add(job)
             try:
                 result: T = await job.outcome
+            except asyncio.CancelledError:
+                self._take_back(job)
+                raise
             except NO_VERDICT as error:
                 raise Overloaded from error
             return result
@@ -111,7 +113,7 @@ class Hashing:
                 if not any(job.begun for job in jobs):
                     # Otherwise it is over when the work is, whether its caller has gone or not: a thread cannot be
                     # stopped.
-                    self._end_turns(caller, 1)
+                    self._end_turns(caller)
         finally:
             if not any(job.begun for job in jobs):
                 ARGON2_QUEUED.dec()
@@ -126,14 +128,15 @@ class Hashing:
         except asyncio.CancelledError:
             if not turn.cancelled():
                 # It was given in that moment.
-                self._end_turns(caller, 1)
+                self._end_turns(caller)
             raise
 
-    def _end_turns(self, caller: str, number: int) -> None:
-        self._turns[caller] -= number
-        if not self._turns[caller]:
-            # Callers come and go; what is kept of them must not grow.
-            del self._turns[caller]
+    def _end_turns(self, *callers: str) -> None:
+        for caller in callers:
+            self._turns[caller] -= 1
+            if not self._turns[caller]:
+                # Callers come and go; what is kept of them must not grow.
+                del self._turns[caller]
         self._give_turns()
 
     def _give_turns(self) -> None:
@@ -155,52 +158,70 @@ class Hashing:
             self._turns[caller] += 1
             turn.set_result(None)
 
-    def _begin_soon(self) -> None:
-        """Give threads what is ready when all that becomes ready now is."""
-        if not self._begins:
-            self._begins = True
-            asyncio.get_running_loop().call_soon(self._begin)
+    def _add(self, job: _Job) -> None:
+        """Have a job done by a thread that is idle, or by the next one that is."""
+        with self._lock:
+            self._ready.setdefault(job.caller, deque()).append(job)
+            idle = self._idle > 0
+            if idle:
+                self._idle -= 1
+        if idle:
+            self._executor.submit(self._work, asyncio.get_running_loop())
 
-    def _begin(self) -> None:
-        """Give each idle thread its part of what is ready, of one caller: nobody waits for another's part."""
-        self._begins = False
-        loop = asyncio.get_running_loop()
-        part = min(math.ceil(sum(map(len, self._ready.values())) / self._threads), LONGEST)
-        while self._idle and self._ready:
-            caller = next(iter(self._ready))
-            all_of = self._ready.pop(caller)
-            if all_of[part:]:
-                # Last in line for the next thread.
-                self._ready[caller] = all_of[part:]
-            jobs = [job for job in all_of[:part] if not job.outcome.cancelled()]
-            if not jobs:
-                continue
-            for job in jobs:
-                job.begun = True
-            self._idle -= 1
-            ARGON2_QUEUED.dec(len(jobs))
-            hashed = self._executor.submit(_hash, [job.work for job in jobs])
-            hashed.add_done_callback(lambda done, jobs=jobs: loop.call_soon_threadsafe(self._tell, jobs, done))  # type: ignore[misc] # its default
+    def _take_back(self, job: _Job) -> None:
+        """Let nobody begin a job, unless somebody has."""
+        with self._lock:
+            if not job.begun:
+                self._ready[job.caller].remove(job)
+                if not self._ready[job.caller]:
+                    del self._ready[job.caller]
 
-    def _tell(self, jobs: Sequence[_Job], hashed: Future[list[Outcome[Any]]]) -> None:
+    def _take(self) -> _Job | None:
+        """Return what a thread is to do next, of the callers in turn; None if that is nothing."""
+        if not self._ready:
+            self._idle += 1
+            return None
+        caller = next(iter(self._ready))
+        jobs = self._ready.pop(caller)
+        job = jobs.popleft()
+        if jobs:
+            # Last in line for the next thread.
+            self._ready[caller] = jobs
+        job.begun = True
+        return job
+
+    def _work(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Do what is ready, in a thread, until nothing is, and tell the event loop what has come of it.
+
+        Of a caller's last job at once: it waits for nobody else's.
+        """
+        done: list[tuple[_Job, Outcome[Any]]] = []
+        while True:
+            with self._lock:
+                last = any(job.caller not in self._ready for job, _ in done)
+                job = self._take()
+            if last or len(done) == LARGEST:
+                loop.call_soon_threadsafe(self._tell, done)
+                done = []
+            if job is None:
+                return
+            ARGON2_QUEUED.dec()
+            ARGON2_HASHES.inc()
+            with ARGON2_BUSY.track_inprogress():
+                (outcome,) = each(lambda work: work(), [job.work])
+            done.append((job, outcome))
+
+    def _tell(self, done: Sequence[tuple[_Job, Outcome[Any]]]) -> None:
         """Tell callers what has come of their work, those who are still there."""
-        self._idle += 1
-        for job, outcome in zip(jobs, hashed.result(), strict=True):
+        for job, outcome in done:
             if job.outcome.cancelled():
                 continue
             if isinstance(outcome, Exception):
                 job.outcome.set_exception(outcome)
             else:
                 job.outcome.set_result(outcome)
-        self._end_turns(jobs[0].caller, len(jobs))
-        self._begin()
+        self._end_turns(*(job.caller for job, _ in done))
 
     def close(self) -> None:
         """End the threads, after what they are doing."""
         self._executor.shutdown()
-
-
-def _hash(work: Sequence[Callable[[], Any]]) -> list[Outcome[Any]]:
-    ARGON2_HASHES.inc(len(work))
-    with ARGON2_BUSY.track_inprogress():
-        return each(lambda one: one(), work)

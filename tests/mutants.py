@@ -1060,8 +1060,8 @@ MUTANTS: Final = (
         "hashing.py",
         (
             (
-                "            hashed = self._executor.submit(_hash, [job.work for job in jobs])\n",
-                "            hashed = Future()\n            hashed.set_result(_hash([job.work for job in jobs]))\n",
+                "            self._executor.submit(self._work, asyncio.get_running_loop())\n",
+                "            self._work(asyncio.get_running_loop())\n",
             ),
         ),
         ("tests/test_overload.py::test_the_event_loop_does_not_hash",),

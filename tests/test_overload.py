@@ -145,16 +145,47 @@ async def test_the_event_loop_does_not_hash(make_hashing: Callable[..., Hashing]
 
 
 async def test_callers_take_turns(make_hashing: Callable[..., Hashing]) -> None:
-    """A caller with one code waits for those that have begun, and for a part of each other caller's."""
+    """A caller with one code waits for those that have begun, and for one of each other caller's."""
     hashing, gate = make_hashing(threads=1, queue=200), Gate()
     greedy = [start(hashing, "greedy", gate.work(f"greedy {number}")) for number in range(50)]
-    await asyncio.sleep(0)
+    await until(lambda: metrics.REGISTRY.get_sample_value("onetime_argon2_busy") == 1)
     others = [start(hashing, caller, gate.work(caller)) for caller in ("second", "third")]
-    gate.let(52)
-    await asyncio.gather(*greedy, *others)
-    # Three had begun; each caller's own work goes in its order.
-    first = [*(f"greedy {number}" for number in range(4)), "second", "third"]
-    assert gate.done == [*first, *(f"greedy {number}" for number in range(4, 50))]
+    await asyncio.sleep(0.1)
+    async with asyncio.timeout(TIMEOUT_S):
+        gate.let(3)
+        await others[0]
+        assert gate.done == ["greedy 0", "greedy 1", "second"]
+        gate.let(1)
+        await others[1]
+    assert gate.done[3:] == ["third"]
+    gate.let(48)
+    await asyncio.gather(*greedy)
+    # Each caller's own work goes in its order.
+    assert gate.done[4:] == [f"greedy {number}" for number in range(2, 50)]
+
+
+async def test_codes_that_wait_together_are_told_of_together(make_hashing: Callable[..., Hashing]) -> None:
+    """A thread goes on with what is ready, and wakes the event loop for several at once; but never holds the last."""
+    hashing, gate = make_hashing(threads=1, queue=98), Gate()
+    tasks = [start(hashing, "one", gate.work("")) for _ in range(10)]
+
+    def told() -> int:
+        return sum(task.done() for task in tasks)
+
+    # The first is not alone: others stand behind it.
+    await until(lambda: metrics.REGISTRY.get_sample_value("onetime_argon2_busy") == 1)
+    await asyncio.sleep(0.1)
+    gate.let(3)
+    await until(lambda: len(gate.done) == 3)
+    await asyncio.sleep(0.1)
+    assert told() == 0
+    gate.let(1)
+    await until(lambda: told() == 4)
+    # Six have a turn now: the first four of them do not wait for the last.
+    gate.let(4)
+    await until(lambda: told() == 8)
+    gate.let(2)
+    await asyncio.gather(*tasks)
 
 
 async def test_turns_are_given_several_at_a_time(make_hashing: Callable[..., Hashing]) -> None:
@@ -200,7 +231,7 @@ async def test_what_is_hashed_and_waits_is_counted(make_hashing: Callable[..., H
     hashing, gate = make_hashing(threads=2, queue=8), Gate()
     assert counted() == (0, 0)
     tasks = [start(hashing, "one", gate.work("one")) for _ in range(8)]
-    await until(lambda: counted() == (2, 2))
+    await until(lambda: counted() == (2, 6))
     gate.let(8)
     await asyncio.gather(*tasks)
     await until(lambda: counted() == (0, 0))
@@ -240,6 +271,7 @@ async def test_a_thread_is_passed_on_when_its_work_has_ended(make_hashing: Calla
     assert (value("onetime_argon2_busy"), value("onetime_argon2_queued")) == (1, 1)
     gate.let(2)
     await waiting
+    assert gone.cancelled()
     assert gate.done == ["gone", "waiting"]
 
 
