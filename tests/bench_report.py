@@ -102,6 +102,9 @@ WIDTH, HEIGHT, MARGIN = 300, 200, 58
 """Of a panel, in pixels, and what its axes take."""
 
 
+GRPC_QUEUE: Final = 1000
+"""Calls of all connections that wait to be taken up, beyond which gRPC refuses further ones (grpcio 1.85)."""
+
 FONT: Final = 'font-family="system-ui, sans-serif" font-size="11" fill="#333"'
 
 
@@ -306,8 +309,9 @@ refused waits as long as RetryInfo says and up to a tenth longer, and comes agai
 {table(header, rows)}
 
 The peak is the best throughput of the round. Times are of single tries: those that were admitted, and those that
-were refused. A server that holds its own keeps its throughput and its p99 however many come, and refuses in far
-less time than it answers; what grows with the callers is the refusals.{failures(cells)}
+were refused. What is beyond the limit is refused as soon as it is taken up. But gRPC hands calls over one at a
+time: of more than the server keeps up with, most wait in gRPC, where nobody refuses them before they are
+{GRPC_QUEUE:,}, and their time grows with their number.{failures(cells)}
 
 ![Overload](benchmarks/overload.svg)
 """
