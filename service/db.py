@@ -11,13 +11,16 @@ import contextlib
 import itertools
 import logging
 import re
+import uuid
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextvars import Context
+from datetime import datetime
 from functools import partial
 from importlib import resources
 from typing import Any, Final, TypeVar
 
 import psycopg
+from psycopg.adapt import Dumper
 from psycopg.rows import DictRow, dict_row
 from psycopg_pool import AsyncConnectionPool, PoolClosed, PoolTimeout, TooManyRequests
 
@@ -383,7 +386,7 @@ def _log_unheard(call: Call | None, task: asyncio.Future[Any]) -> None:
             **call.subject,
         }
         # As all audit events, whatever level is set.
-        _LOG.handle(logging.LogRecord(_LOG.name, logging.INFO, __file__, 0, line, (), None))
+        _LOG.handle(logging.LogRecord(_LOG.name, logging.INFO, "", 0, line, (), None))
 
 
 class _WrongConnectionError(Exception):
@@ -406,8 +409,52 @@ def _translated(error: psycopg.Error | TimeoutError, transaction: Transaction, c
     return error
 
 
+def _quoted(text: str) -> str:
+    """Return a text as an element of an array literal."""
+    if "\\" in text or '"' in text:
+        text = text.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{text}"'
+
+
+_LITERALS: Final[Mapping[type, Callable[[Any], str]]] = {
+    type(None): lambda _: "NULL",
+    bool: str,
+    int: str,
+    float: str,
+    str: _quoted,
+    bytes: lambda octets: f'"\\\\x{octets.hex()}"',
+    uuid.UUID: str,
+    datetime: lambda time: f'"{time.isoformat()}"',
+}
+"""How elements of arrays are written."""
+
+
+class ArrayDumper(Dumper):
+    """Writes lists as array literals, whose type is that to which the statement casts them.
+
+    A class because psycopg asks for one. Its own finds out a type first, and then looks into each element for
+    characters to quote: it took eight times as long, and with it a set a tenth more.
+    """
+
+    def dump(self, obj: list[Any]) -> bytes:
+        """Return the literal of a flat list.
+
+        Raises:
+            TypeError: An element is of a type that no statement takes.
+            psycopg.DataError: A text has a NUL character, at which libpq would cut the literal off.
+        """
+        try:
+            literal = f"{{{','.join([_LITERALS[type(element)](element) for element in obj])}}}"
+        except KeyError as error:
+            raise TypeError(f"no statement takes arrays of {error}") from None
+        if "\0" in literal:
+            raise psycopg.DataError("a text with a NUL character cannot be stored")
+        return literal.encode()
+
+
 async def _configure(connection: Connection) -> None:
     """Set what every statement relies on. Not in the connection string: poolers refuse start-up options."""
+    connection.adapters.register_dumper(list, ArrayDumper)
     async with asyncio.timeout(CONNECT_TIMEOUT_S):
         await connection.execute(
             _QUERIES["configure_session"],
