@@ -460,10 +460,17 @@ MUTANTS: Final = (
         ("tests/test_sets.py::test_each_is_decided_as_if_it_were_alone[consume]",),
     ),
     Mutant(
+        "array-not-quoted",
+        "A quote in an address makes it two elements of an array, and every call of its set another's.",
+        "db.py",
+        (('if "\\\\" in text or \'"\' in text:', "if False:"),),
+        ("tests/test_db.py::test_no_text_becomes_two",),
+    ),
+    Mutant(
         "set-dies-with-a-caller",
         "One caller who hangs up takes the outcomes of the whole set along.",
         "sets.py",
-        (("return await asyncio.shield(outcome)", "return await outcome"),),
+        (("if self.outcome.cancelled():", "if False:"),),
         ("tests/test_sets.py::test_who_hangs_up_later_is_decided",),
     ),
     Mutant(

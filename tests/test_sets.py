@@ -141,7 +141,7 @@ async def called(name: str, work: Callable[[], Coroutine[Any, Any, str]]) -> str
 
 async def idle() -> None:
     """Let all tasks go on until each of them waits for something."""
-    for _ in range(30):
+    for _ in range(sets.QUIET_TURNS + 20):
         await asyncio.sleep(0)
 
 
@@ -638,6 +638,8 @@ def test_histories(plans: list[Plan], largest: int, slow: bool) -> None:  # noqa
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sets, "SLOW_S", 0 if slow else NEVER_S)
+            # Shorter than what the calls take, so that they hang up before, while and after they are decided.
+            patch.setattr(sets, "QUIET_TURNS", 8)
             asyncio.run(live())
     finally:
         gc.unfreeze()
