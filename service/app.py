@@ -223,6 +223,8 @@ async def _start_server(
             ("grpc.so_reuseport", int(settings.share_port)),
         ),
     )
+    # Otherwise gRPC waits for the next call of each method, and at every call goes through all of these waits.
+    server.add_registered_method_handlers = lambda *_: None  # type: ignore[method-assign]
     for add, servicer in servicers:
         add(servicer, server)
     # So that grpcurl needs no protos. Callers are identified before it answers.

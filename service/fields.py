@@ -1,4 +1,4 @@
-"""The fields of requests: what is right, and what to say of what is not.
+"""The fields of messages: what is right in a request and what to say of what is not, and how an answer tells times.
 
 All faults of a request are collected and told at once. It knows nothing of what a request is for.
 """
@@ -6,11 +6,12 @@ All faults of a request are collected and told at once. It knows nothing of what
 import re
 import unicodedata
 import uuid
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Final
 
 import email_validator
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
 from onetime.v1 import one_time_tokens_pb2 as pb
 
 from service.errors import InvalidRequest
@@ -39,6 +40,7 @@ _ADDRESS_LENGTH: Final = 320
 _REFUSED_CATEGORIES: Final = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 """Unicode's control, format (invisible, or turning the direction), surrogate and line-separating characters."""
 _NIL: Final = uuid.UUID(int=0)
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MOST_VIOLATIONS: Final = 10
 """More than any message has fields. A repeated field may hold thousands of faults, and clients drop a refusal with
 more than 8 KiB of metadata, its reason too."""
@@ -172,6 +174,14 @@ def _scripts(label: str) -> set[str]:
             word = unicodedata.name(character, "?").split()[0]
             found.add(_SCRIPTS.get(word, None if word == "COMBINING" else word))
     return {script for script in found if script}
+
+
+def timestamp(time: datetime | None) -> Timestamp | None:
+    """Return a time as messages have it. protobuf does so too where it is given a datetime, in three times the time."""
+    if time is None:
+        return None
+    since = time - _EPOCH
+    return Timestamp(seconds=since.days * 86_400 + since.seconds, nanos=since.microseconds * 1000)
 
 
 class Fields:

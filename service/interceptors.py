@@ -179,8 +179,8 @@ async def log_call(call: ServedCall, proceed: Proceed) -> Answer:
         elif call.service == HEALTH:
             level = logging.DEBUG
         if _is_decision(call) or _LOG.isEnabledFor(level):
-            # Not _LOG.log, which walks the stack to find out where it was called from.
-            _LOG.handle(logging.LogRecord(_LOG.name, level, __file__, 0, _line(call), (), None))
+            # Not _LOG.log, which walks the stack to find out where it was called from: no line tells that.
+            _LOG.handle(logging.LogRecord(_LOG.name, level, "", 0, _line(call), (), None))
 
 
 def _is_decision(call: ServedCall) -> bool:
@@ -363,13 +363,25 @@ def limit_time(cap: float) -> Interceptor:
             return await proceed(call)
         seconds = cap if remaining is None else min(remaining, cap)
         call.deadline = time.monotonic() + seconds
-        limit = asyncio.timeout(seconds)
+        task = asyncio.current_task()
+        assert task is not None  # noqa: S101 - for mypy: a coroutine runs in one
+        over = False
+
+        def end() -> None:
+            nonlocal over
+            over = True
+            task.cancel()
+
+        # What asyncio.timeout does, at a third of its cost: each call pays it.
+        limit = asyncio.get_running_loop().call_later(seconds, end)
         try:
-            async with limit:
-                return await proceed(call)
-        except TimeoutError:
-            if not limit.expired():
+            return await proceed(call)
+        except asyncio.CancelledError:
+            if not over or task.uncancel():
+                # The client has gone.
                 raise
+        finally:
+            limit.cancel()
         if call.in_doubt:
             # Its COMMIT is on its way, so that not even we know whether it took effect.
             raise OutcomeUnknown

@@ -118,8 +118,14 @@ class Lines(JsonFormatter):
 
 def _head(record: logging.LogRecord) -> dict[str, object]:
     """Return what every line starts with."""
-    time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
-    return {"time": time.replace("+00:00", "Z"), "level": record.levelname, "logger": record.name}
+    time = f"{_second(int(record.created))}.{int(record.msecs):03}Z"
+    return {"time": time, "level": record.levelname, "logger": record.name}
+
+
+@functools.lru_cache(maxsize=1)
+def _second(seconds: int) -> str:
+    """Return a time to the second, which many lines have in common."""
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}"
 
 
 def _event(record: logging.LogRecord) -> str:

@@ -812,6 +812,48 @@ async def test_the_work_knows_its_time(allowed: float | None, most: float) -> No
     assert 0 < seconds <= most
 
 
+def a_call(kind: str = "unary", *, seconds: float = 60.0) -> ServedCall:
+    """Return a call that has so much time left, as the interceptors see it."""
+    return ServedCall(
+        service=TOKENS,
+        method="CheckToken",
+        call_id="one",
+        deadline=time.monotonic() + seconds,
+        context=cast("Any", None),
+        peer="",
+        kind=kind,
+        path="",
+        metadata=(),
+        payload=b"",
+    )
+
+
+async def test_a_call_that_is_done_in_time_is_left_alone() -> None:
+    """What its task does later, such as sending the answer, is not cut short by the cap."""
+
+    async def answer(_: ServedCall) -> bytes:
+        return b"done"
+
+    assert await interceptors.limit_time(0.01)(a_call(), answer) == b"done"
+    await asyncio.sleep(0.05)
+
+
+async def test_who_hangs_up_at_the_cap_has_hung_up() -> None:
+    """Where both end a call at once, nobody is there to be told of the cap."""
+
+    async def work(_: ServedCall) -> Never:
+        task = asyncio.current_task()
+        assert task is not None
+        try:
+            await asyncio.Event().wait()
+        finally:
+            task.cancel()
+        raise AssertionError
+
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.create_task(interceptors.limit_time(0.01)(a_call(), work))  # type: ignore[arg-type] # it is one
+
+
 async def test_a_call_that_comes_too_late_does_no_work() -> None:
     """With less than the least time left, a call is refused before any work, whatever its kind."""
 
@@ -819,18 +861,7 @@ async def test_a_call_that_comes_too_late_does_no_work() -> None:
         raise AssertionError
 
     for kind in ("unary", "server_stream"):
-        call = ServedCall(
-            service=TOKENS,
-            method="CheckToken",
-            call_id="late",
-            deadline=time.monotonic() + interceptors.LEAST_TIME_S / 2,
-            context=cast("Any", None),
-            peer="",
-            kind=kind,
-            path="",
-            metadata=(),
-            payload=b"",
-        )
+        call = a_call(kind, seconds=interceptors.LEAST_TIME_S / 2)
         with pytest.raises(interceptors.PlainStatus, match="nothing happened") as caught:
             await interceptors.limit_time(5.0)(call, never)
         assert caught.value.status is grpc.StatusCode.DEADLINE_EXCEEDED
