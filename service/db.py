@@ -208,6 +208,7 @@ class Database:
             kwargs={
                 "autocommit": True,
                 "row_factory": dict_row,
+                "client_encoding": "utf8",  # whatever the database's own; `ArrayDumper` writes no other
                 "connect_timeout": CONNECT_TIMEOUT_S,
                 "application_name": "onetime",
                 "keepalives_idle": 30,
@@ -433,11 +434,11 @@ class ArrayDumper(Dumper):
     """Writes lists as array literals, whose type is that to which the statement casts them.
 
     A class because psycopg asks for one. Its own finds out a type first, and then looks into each element for
-    characters to quote: it took eight times as long, and with it a set a tenth more.
+    characters to quote: for texts that takes 5 to 19 times as long.
     """
 
     def dump(self, obj: list[Any]) -> bytes:
-        """Return the literal of a flat list.
+        """Return the literal of a flat list, in UTF-8. Encodings exist in which the quoting would not be safe.
 
         Raises:
             TypeError: An element is of a type that no statement takes.

@@ -93,7 +93,7 @@ class _Waiting(Generic[Element, Result]):
     def lasting(self) -> asyncio.Future[Result]:
         """Return the future of its outcome, which is another one if its caller has hung up, and so cancelled the first.
 
-        asyncio.shield does so too, and costs each call another future and two callbacks.
+        asyncio.shield keeps two apart from the start, which costs each call a future and two callbacks.
         """
         if self.outcome.cancelled():
             self.outcome = asyncio.get_running_loop().create_future()

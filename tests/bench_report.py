@@ -401,7 +401,7 @@ def about_process(result: Cell, pictures: Path) -> str:
         ["from exec to SERVING", f"{Spread.of(result['seconds'])} s"],
         ["memory after the start", f"{Spread.of([each / 2**20 for each in result['after_start']])} MiB"],
     ]
-    panels = []
+    panels, growth = [], {}
     for title, key in (("nobody hangs up", "heard"), ("one in ten hangs up", "hung_up")):
         mebibytes = [(each["calls"], each["bytes"] / 2**20) for each in result[key]["memory"]]
         middle = min(mebibytes, key=lambda each: abs(each[0] - mebibytes[-1][0] / 2))
@@ -409,6 +409,7 @@ def about_process(result: Cell, pictures: Path) -> str:
             [f"{title}: after {calls:,} calls", f"{number(size)} MiB"]
             for calls, size in (mebibytes[1], middle, mebibytes[-1])
         ]
+        growth[key] = (mebibytes[-1][1] - middle[1]) * 2**20 / (mebibytes[-1][0] - middle[0])
         every = max(1, len(mebibytes) // 3)
         ticks = [f"{calls:,}" if index % every == 0 else "" for index, (calls, _) in enumerate(mebibytes)]
         line = Line(FULL, COLOURS[FULL], [Spread.of([size]) for _, size in mebibytes])
@@ -423,9 +424,10 @@ up to 5 ms. {result["hung_up"]["cancelled"]:,} were cancelled so.
 
 {table(["", ""], rows)}
 
-Memory rises to what so many calls at once take, and then stays. Of calls that are hung up, gRPC loses some 100 bytes
-each ([grpc#43360](https://github.com/grpc/grpc/issues/43360), open at 1.85.1; a bare server of `grpc.aio` loses them
-too): where a million callers hang up between two starts, expect 100 MB more.
+Memory rises to what so many calls at once take, and then must stay. In the second half it grew by
+{number(growth["heard"])} bytes a call where nobody hung up, and by {number(growth["hung_up"])} bytes a call where one
+in ten did. What hang-ups leave behind is gRPC's: the operations of a batch that fails, since its caller has gone, are
+never freed ([grpc#43360](https://github.com/grpc/grpc/issues/43360), open at 1.85.1).
 
 ![Memory](benchmarks/memory.svg)
 """

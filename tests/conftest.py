@@ -53,7 +53,7 @@ class PostgresServer:
     """The server's log."""
 
     @contextlib.contextmanager
-    def database(self, template: str | None = None) -> Iterator[str]:
+    def database(self, template: str | None = None, *, encoding: str | None = None) -> Iterator[str]:
         """Make an empty database, or a copy of one; yield its URL; drop it, whoever is still connected."""
         name = f"test_{os.getpid()}_{next(_database_numbers)}"
         create = sql.SQL("create database {}").format(sql.Identifier(name))
@@ -61,6 +61,8 @@ class PostgresServer:
             name_of_template = sql.Identifier(urlsplit(template).path.removeprefix("/"))
             # Copying files beats copying through the log: tens of milliseconds, with fsync on.
             create += sql.SQL(" template {} strategy file_copy").format(name_of_template)
+        if encoding is not None:
+            create += sql.SQL(" template template0 locale 'C' encoding {}").format(sql.Literal(encoding))
         with psycopg.connect(self.url, autocommit=True) as connection:
             connection.execute(create)
         try:

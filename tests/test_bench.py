@@ -109,6 +109,15 @@ def test_pgbench_does_what_the_calls_do(migrated_url: str, tmp_path: Path, rpc: 
     assert left == LEFT[rpc]
 
 
+def test_the_benchmarks_are_those_that_were_measured(tmp_path: Path) -> None:
+    """The document and its pictures are made of the results beside them, and of nothing else."""
+    docs = ROOT / "docs"
+    bench_report.write(json.loads((docs / "benchmarks" / "results.json").read_text("utf-8")), tmp_path)
+    made = {path.relative_to(tmp_path): path.read_text("utf-8") for path in tmp_path.rglob("*.*")}
+    kept = {path: (docs / path).read_text("utf-8") for path in made}
+    assert made == kept, "make it anew: bench_report.write(the results, docs)"
+
+
 @pytest.mark.timeout(300)
 def test_the_benchmarks_run(tmp_path: Path) -> None:
     """`make bench` measures an rpc in all its variants, without a failed call, and writes table and pictures."""

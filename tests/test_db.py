@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from service.db import ArrayDumper
+from service.db import Database as Pool
 
 PROPERTY: Final = settings(
     deadline=None,
@@ -78,6 +79,24 @@ def test_a_nul_character_is_refused(database: Database, texts: list[str]) -> Non
     """Libpq would cut the array off there."""
     with pytest.raises(psycopg.DataError, match="NUL"):
         sent(database, texts, "text")
+
+
+@pytest.mark.parametrize("encoding", ["UTF8", "LATIN1"])
+@pytest.mark.parametrize("option", ["", "client_encoding=LATIN1"])
+async def test_every_encoding_is_spoken(postgres_18: PostgresServer, encoding: str, option: str) -> None:
+    """Texts arrive, alone and in arrays, whatever the database's encoding is, and whatever the URL asks for."""
+    address = 'jos\u00e9\u00f1"\\@example.com'
+    with postgres_18.database(encoding=encoding) as url:
+        pool = Pool(f"{url}{'&' if '?' in url else '?'}{option}", pool_size=1)
+        await pool.open()
+        try:
+            (row,) = await pool.fetch(
+                "select %(one)s::text as one, %(some)s::text[] as some",
+                {"one": address, "some": [address, "b"]},
+            )
+        finally:
+            await pool.close()
+    assert (row["one"], row["some"]) == (address, [address, "b"])
 
 
 @pytest.mark.parametrize("element", [["nested"], Number.ONE, object(), datetime(2026, 3, 8, tzinfo=UTC).date()])

@@ -638,7 +638,7 @@ def test_histories(plans: list[Plan], largest: int, slow: bool) -> None:  # noqa
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sets, "SLOW_S", 0 if slow else NEVER_S)
-            # Shorter than what the calls take, so that they hang up before, while and after they are decided.
+            # Fewer than it takes the last ones to hang up, so that some do so while they are decided.
             patch.setattr(sets, "QUIET_TURNS", 8)
             asyncio.run(live())
     finally:
