@@ -335,18 +335,19 @@ async def test_guesses_that_wait_together_share_the_last_attempt(
     replicas: Replicas, clients: list[Client], kind: Kind
 ) -> None:
     """Two servers wait for one token that has one attempt left: one compares its code, and the other sees the count."""
-    made = await kind.make(clients[0])
-    first, other, *earlier = guessing(kind, clients, made)[: MAX_ATTEMPTS + 1]
-    for guess in earlier:
-        assert (await outcome(guess)).word == "CODE_MISMATCH"
-    with connected(replicas.url) as database, connected(replicas.url) as holder:
-        async with asyncio.timeout(TIMEOUT_S):
-            with holder.transaction():
-                lock_state(holder, kind, made)
-                pair = asyncio.gather(outcome(first), outcome(other))
-                await until(lambda: database.execute(WAITING).rowcount == 2)
-            assert words(await pair) == {"CODE_MISMATCH": 1, "ATTEMPTS_EXHAUSTED": 1}
-        assert kind.failed_attempts(database, made) == MAX_ATTEMPTS
+    for _ in range(5):  # by luck, the other one may come when the first has ended
+        made = await kind.make(clients[0])
+        first, other, *earlier = guessing(kind, clients, made)[: MAX_ATTEMPTS + 1]
+        for guess in earlier:
+            assert (await outcome(guess)).word == "CODE_MISMATCH"
+        with connected(replicas.url) as database, connected(replicas.url) as holder:
+            async with asyncio.timeout(TIMEOUT_S):
+                with holder.transaction():
+                    lock_state(holder, kind, made)
+                    pair = asyncio.gather(outcome(first), outcome(other))
+                    await until(lambda: database.execute(WAITING).rowcount == 2)
+                assert words(await pair) == {"CODE_MISMATCH": 1, "ATTEMPTS_EXHAUSTED": 1}
+            assert kind.failed_attempts(database, made) == MAX_ATTEMPTS
 
 
 @CODE_KINDS
