@@ -419,7 +419,6 @@ def _quoted(text: str) -> str:
 
 _LITERALS: Final[Mapping[type, Callable[[Any], str]]] = {
     type(None): lambda _: "NULL",
-    bool: str,
     int: str,
     float: str,
     str: _quoted,

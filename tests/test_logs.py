@@ -83,6 +83,16 @@ def test_a_line_is_json_in_utc(stream: io.StringIO) -> None:
     assert re.search(r'"time":"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z"', stream.getvalue())
 
 
+def test_a_line_tells_the_millisecond(stream: io.StringIO) -> None:
+    """Lines of one second differ in their milliseconds, of which there are three digits; the next second is another."""
+    for milliseconds in (0, 5, 50, 999, 1000, 60_001):
+        record = logging.LogRecord("service", logging.INFO, "", 0, "event", (), None)
+        record.created, record.msecs = 1_800_000_000 + milliseconds // 1000, milliseconds % 1000
+        logging.getLogger("service").handle(record)
+    told = ["00:00.000", "00:00.005", "00:00.050", "00:00.999", "00:01.000", "01:00.001"]
+    assert [line["time"] for line in lines(stream)] == [f"2027-01-15T08:{each}Z" for each in told]
+
+
 @pytest.mark.parametrize("library", ["grpc._cython.cygrpc", "psycopg", "psycopg.pool", "asyncio"])
 def test_libraries_are_heard_from_warning_on(stream: io.StringIO, library: str) -> None:
     """Libraries' warnings are in the log, and what they say below that is not."""
