@@ -104,7 +104,10 @@ class ServedCall(Call):
 
     def header(self, key: str) -> str:
         """Return the first value of a key of the caller's metadata, or an empty string."""
-        return next((value for name, value in self.metadata if name == key and isinstance(value, str)), "")
+        for name, value in self.metadata:
+            if name == key and isinstance(value, str):
+                return value
+        return ""
 
 
 current_call: ContextVar[Call] = ContextVar("current_call")

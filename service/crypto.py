@@ -50,6 +50,9 @@ _EMAIL_TOKEN_BYTES: Final = 96
 _NONCE_BYTES: Final = 12
 _RSA_BITS: Final = 2048
 EMAIL_CODE_LENGTH: Final = 6
+_SEALED_CODE: Final = re.compile(f"[0-9]{{{EMAIL_CODE_LENGTH}}}")
+_STORED: Final = re.compile(r"(?P<form>[a-z0-9]+)\.(?P<key_id>[a-z0-9]{1,16})\.")
+"""What everything that is stored begins with."""
 
 
 def _encode(data: bytes) -> str:
@@ -58,8 +61,8 @@ def _encode(data: bytes) -> str:
 
 def _frame(*parts: str | bytes) -> bytes:
     """Join parts so that no two lists of parts give the same bytes: each is preceded by its length."""
-    encoded = (part.encode() if isinstance(part, str) else part for part in parts)
-    return b"".join(len(part).to_bytes(4, "big") + part for part in encoded)
+    encoded = [part.encode() if isinstance(part, str) else part for part in parts]
+    return b"".join([len(part).to_bytes(4, "big") + part for part in encoded])
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -210,7 +213,7 @@ class Keyring:
             ValueError: The row is damaged.
         """
         pad = self._pad(row_id, user_id, token_hash)
-        if not re.fullmatch("[0-9]{6}", sealed):
+        if not _SEALED_CODE.fullmatch(sealed):
             raise ValueError("not a sealed code")
         return f"{(int(sealed) - pad) % 10**EMAIL_CODE_LENGTH:06d}"
 
@@ -298,10 +301,10 @@ def _fingerprint(key: Key, message: bytes) -> str:
 
 def _key_id(stored: str, form: str) -> str:
     """Return the key id in a stored secret of this form, or raise KeyError."""
-    found = re.match(rf"{form}\.([a-z0-9]{{1,16}})\.", stored)
-    if found is None:
+    found = _STORED.match(stored)
+    if found is None or found["form"] != form:
         raise KeyError("not a secret of ours")
-    return found[1]
+    return found["key_id"]
 
 
 # Secrets
@@ -323,8 +326,8 @@ def new_row_id() -> uuid.UUID:
     It is unique and no secret. Ids that are made together stand together in an index, so that an insert into a large
     table touches a page less that nobody else does.
     """
-    moment = time.time_ns() // 1_000_000
-    return uuid.UUID(int=moment << 80 | 7 << 76 | secrets.randbits(12) << 64 | 0b10 << 62 | secrets.randbits(62))
+    moment, random = time.time_ns() // 1_000_000, secrets.randbits(74)
+    return uuid.UUID(int=moment << 80 | 7 << 76 | random >> 62 << 64 | 0b10 << 62 | random & (1 << 62) - 1)
 
 
 def new_code(length: int) -> str:

@@ -47,7 +47,7 @@ from service.errors import (
     TooSoon,
     UserNotFound,
 )
-from service.fields import Fields, timestamp
+from service.fields import Fields, set_time
 from service.receipts import Intent, claim, drop_refused, settle
 from service.sets import Outcome, Sets, Skipped, each
 
@@ -603,20 +603,21 @@ class EmailVerifications(pb_grpc.EmailVerificationServiceServicer):
             raise refusal
 
     def _verification(self, row: Row) -> pb.EmailVerification:
-        return pb.EmailVerification(
+        verification = pb.EmailVerification(
             id=str(row["id"]),
             user_id=str(row["user_id"]),
             state=self._state(row),
             code_sent=row["code_sent"],
-            create_time=timestamp(row["created_at"]),
-            update_time=timestamp(row["updated_at"]),
-            expire_time=timestamp(row["expires_at"]),
-            use_time=timestamp(row["used_at"]),
-            delete_time=timestamp(row["deleted_at"]),
             attempts_remaining=self._attempts_remaining(row),
             delivery_state=_DELIVERY_STATES[row["delivery_state"]],
             delivery_failure=_DELIVERY_FAILURES[row["delivery_failure"]],
         )
+        set_time(verification.create_time, row["created_at"])
+        set_time(verification.update_time, row["updated_at"])
+        set_time(verification.expire_time, row["expires_at"])
+        set_time(verification.use_time, row["used_at"])
+        set_time(verification.delete_time, row["deleted_at"])
+        return verification
 
 
 def _subject(user_id: uuid.UUID) -> budgets.Subject:

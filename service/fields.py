@@ -176,12 +176,15 @@ def _scripts(label: str) -> set[str]:
     return {script for script in found if script}
 
 
-def timestamp(time: datetime | None) -> Timestamp | None:
-    """Return a time as messages have it. protobuf does so too where it is given a datetime, in three times the time."""
-    if time is None:
-        return None
-    since = time - _EPOCH
-    return Timestamp(seconds=since.days * 86_400 + since.seconds, nanos=since.microseconds * 1000)
+def set_time(timestamp: Timestamp, time: datetime | None) -> None:
+    """Set a field of a message to a time; without one, leave it unset.
+
+    protobuf does so too where a message is made of datetimes, in four times the time.
+    """
+    if time is not None:
+        since = time - _EPOCH
+        timestamp.seconds = since.days * 86_400 + since.seconds
+        timestamp.nanos = since.microseconds * 1000
 
 
 class Fields:
@@ -224,18 +227,18 @@ class Fields:
             return next(iter(MESSAGE_TYPES))
         return stored
 
-    def request_id(self, value: str) -> uuid.UUID | None:
-        """Check a request_id, which may be left out."""
+    def request_id(self, value: str) -> str | None:
+        """Check a request_id, which may be left out, and return its normal form: a UUID may be spelt in two cases."""
         if not value:
             return None
         if _UUID.fullmatch(value):
-            return uuid.UUID(value)
+            return value.lower()
         self.refuse("request_id", "a UUID in its canonical 36 characters, or nothing, is right")
         return None
 
     def code(self, field: str, value: str, *, shortest: int, longest: int) -> str:
-        """Check a code: ASCII digits only. `str.isdigit` and `int` take the digits of other scripts too."""
-        if not re.fullmatch(f"[0-9]{{{shortest},{longest}}}", value):
+        """Check a code: ASCII digits only. `str.isdigit` alone and `int` take the digits of other scripts too."""
+        if not (value.isascii() and value.isdigit() and shortest <= len(value) <= longest):
             length = f"{shortest}" if shortest == longest else f"{shortest} to {longest}"
             self.refuse(field, f"{length} ASCII digits are required")
         return value
@@ -263,7 +266,8 @@ class Fields:
         normal = unicodedata.normalize("NFC", normal.lower())
         if not 1 <= len(normal) <= _ADDRESS_LENGTH:
             self.refuse(field, f"an address of 1 to {_ADDRESS_LENGTH} characters is required")
-        if any(unicodedata.category(character) in _REFUSED_CATEGORIES for character in normal):
+        # What can be printed has none of them, and most addresses can.
+        if not normal.isprintable() and any(unicodedata.category(each) in _REFUSED_CATEGORIES for each in normal):
             self.refuse(field, "an address without control characters is required")
         return normal
 

@@ -53,7 +53,7 @@ from service.errors import (
     TokenNotFound,
     UserNotFound,
 )
-from service.fields import MESSAGE_TYPES, STORED_TYPES, Fields, timestamp
+from service.fields import MESSAGE_TYPES, STORED_TYPES, Fields, set_time
 from service.hashing import Hashing, Run
 from service.receipts import Intent, Receipt, claim, drop, drop_refused, settle
 from service.sets import Outcome, Sets, Skipped, each
@@ -596,10 +596,10 @@ class OneTimeTokens(pb_grpc.OneTimeTokenServiceServicer):
             user_id=str(row["user_id"]),
             token_type=MESSAGE_TYPES[row["token_type"]],
             relates_to=row["relates_to"],
-            create_time=timestamp(row["create_time"]),
-            update_time=timestamp(row["update_time"]),
-            expire_time=timestamp(row["expire_time"]),
         )
+        set_time(token.create_time, row["create_time"])
+        set_time(token.update_time, row["update_time"])
+        set_time(token.expire_time, row["expire_time"])
         if not row["token_hash"].startswith("otl1."):
             token.attempts_remaining = max(self._settings.max_attempts - failed_attempts, 0)
         return token

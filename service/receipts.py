@@ -48,11 +48,12 @@ class Intent:
 
     ring: Keyring
     call: Call
-    request_id: uuid.UUID | None
+    request_id: str | None
+    """A UUID in its normal form; None where the call is not to be repeated."""
     message: bytes
 
     @classmethod
-    def of(cls, ring: Keyring, request: Message, request_id: uuid.UUID | None) -> Self:
+    def of(cls, ring: Keyring, request: Message, request_id: str | None) -> Self:
         """Describe the call that this task serves."""
         call = current_call.get()
         if request_id is None:
@@ -64,7 +65,7 @@ class Intent:
         return cls(ring, call, request_id, content.SerializeToString(deterministic=True))
 
     @property
-    def key(self) -> tuple[str, str, uuid.UUID | None]:
+    def key(self) -> tuple[str, str, str | None]:
         """Return what finds the receipt: the caller, the rpc and the request_id."""
         return self.call.caller, self.call.method, self.request_id
 
@@ -75,7 +76,7 @@ class Intent:
             RequestIdReused: The earlier call had other content.
             CodeMismatch: That was the earlier call's answer.
         """
-        if row is None or row["retries"] == 0:
+        if row is None:
             return None
         if not self.ring.same_fingerprint(row["fingerprint"], self.message):
             raise RequestIdReused
@@ -101,7 +102,7 @@ class Intent:
         return self.ring.seal_answer(content, place=self._place())
 
     def _place(self) -> str:
-        return "/".join(map(str, self.key))
+        return f"{self.call.caller}/{self.call.method}/{self.request_id}"
 
     @property
     def keys(self) -> tuple[Hashable, ...]:
@@ -123,7 +124,7 @@ async def claim(
         statements: What to do beside.
 
     Returns:
-        For each intent what its `earlier` understands, and the rows of each statement.
+        For each intent what its `earlier` understands, None for a first try; and the rows of each statement.
     """
     named = [intent for intent in intents if intent.request_id]
     if not named:
@@ -131,7 +132,9 @@ async def claim(
     fingerprints = [intent.ring.fingerprint(intent.message) for intent in named]
     statement: Statement = (_QUERIES["claim_receipts"], {**_keys(named), "fingerprints": fingerprints})
     rows, *others = await transaction.fetch_all(statement, *statements)
-    found = {(row["caller"], row["rpc"], row["request_id"]): row for row in rows}
+    found: dict[tuple[str, str, str | None], Row] = {
+        (row["caller"], row["rpc"], str(row["request_id"])): row for row in rows
+    }
     return [found.get(intent.key) for intent in intents], others
 
 
@@ -171,7 +174,7 @@ def drop_refused(
         *(
             intent
             for intent, receipt, outcome in zip(intents, receipts, outcomes, strict=True)
-            if isinstance(outcome, Exception) and receipt is not None and receipt["retries"] == 0
+            if isinstance(outcome, Exception) and receipt is None
         )
     )
 

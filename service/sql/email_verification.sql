@@ -132,7 +132,7 @@ update public.email_verification_tokens as t
 set used_at = clock_timestamp()
 where t.id = any (%(ids)s::uuid[])
   and case when t.used_at is null and t.deleted_at is null then t.expires_at > clock_timestamp() end
-returning t.id, t.user_id, t.code_sent, t.created_at, t.updated_at, t.expires_at, t.used_at, t.deleted_at
+returning t.id, t.updated_at, t.used_at
 
 -- name: charge_verifications
 -- Count a wrong code on verifications that this transaction has locked.
