@@ -835,7 +835,7 @@ async def _somebody_waits(database: psycopg.Connection[Any]) -> bool:
 
 
 async def _refuses(client: Client) -> bool:
-    # With a deadline of its own: what has listened there does no more, and who knows what does next.
+    # With a deadline: a call that comes at the very moment of the stop may stay without an answer.
     look = client.tokens.ListTokens(ott.ListTokensRequest(user_id=new_id()), timeout=CALL_S)
     return await ended(look) == "UNAVAILABLE"
 
