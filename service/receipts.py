@@ -102,7 +102,7 @@ class Intent:
         return self.ring.seal_answer(content, place=self._place())
 
     def _place(self) -> str:
-        return f"{self.call.caller}/{self.call.method}/{self.request_id}"
+        return "/".join(map(str, self.key))
 
     @property
     def keys(self) -> tuple[Hashable, ...]:
