@@ -196,6 +196,8 @@ async def serve(
         await health_servicer.enter_graceful_shutdown()
         # Balancers learn from health that this replica is going, and until then calls are served.
         await _unless(hurry, asyncio.sleep(settings.drain_delay.total_seconds()))
+        # A call that arrives at the very moment of the stop gRPC may cancel, or lose (grpcio 1.85.1): what is lost ends
+        # by its own deadline, or with the grace. The delay is there so that hardly any arrives by then.
         await _unless(hurry, server.stop(settings.shutdown_grace.total_seconds()))
         await server.stop(0)
     _LOG.info("stopped")
