@@ -319,7 +319,6 @@ class EmailVerifications(pb_grpc.EmailVerificationServiceServicer):
         code = self._unseal(row)
         params: Params = {
             "ids": [row_id],
-            "old_hashes": [row["token_hash"]],
             "token_hashes": [new.token_hash],
             "sealed_codes": [self._seal(code, row_id, row["user_id"], new.token_hash)],
         }
@@ -405,7 +404,7 @@ class EmailVerifications(pb_grpc.EmailVerificationServiceServicer):
         charges = [(_subject(row["user_id"]), budgets.name_of_charge(row)) for row in rows]
         return [
             budgets.charge(self._settings, *charges),
-            (_QUERIES["charge_verifications"], {"token_hashes": [row["token_hash"] for row in rows]}),
+            (_QUERIES["charge_verifications"], {"ids": [row["id"] for row in rows]}),
         ]
 
     async def _use(
@@ -467,7 +466,7 @@ class EmailVerifications(pb_grpc.EmailVerificationServiceServicer):
         *_, mails = await transaction.commit(
             budgets.spend(self._settings, _subject(row["user_id"])),
             *settle((intent, row["id"], None)),
-            (_QUERIES["mark_resent"], {"token_hashes": [row["token_hash"]]}),
+            (_QUERIES["mark_resent"], {"ids": [row["id"]]}),
             *([outbox.requeue(row["id"])] if by_mail else []),
         )
         if by_mail and self._on_mail is not None:
@@ -629,7 +628,7 @@ def _charge_nobody() -> list[Statement]:
     """Return as much work as a charge: otherwise the time of an answer would tell what exists."""
     return [
         budgets.forget((_subject(uuid.uuid4()), None)),
-        (_QUERIES["charge_verifications"], {"token_hashes": [""]}),
+        (_QUERIES["charge_verifications"], {"ids": [uuid.uuid4()]}),
         CHARGE_NOBODY,
     ]
 

@@ -538,7 +538,6 @@ def hot_params(database: Database, stem: str, settings: Settings) -> list[dict[s
             "user_ids": [user_id],
             "token_types": ["recovery_token"],
             "token_hashes": [token_hash],
-            "old_hashes": [token_hash],
             "relates_to": [None],
             "ttls": [900.0],
             "callers": ["tests"],

@@ -21,7 +21,7 @@ from service.migrations import (
 
 Connection = psycopg.AsyncConnection[Any]
 
-OWN_MIGRATIONS = ("0001_state", "0002_budgets", "0003_outbox")
+OWN_MIGRATIONS = ("0001_state", "0002_budgets", "0003_outbox", "0004_states_by_id")
 
 EVERYTHING_CREATED = MigrationReport(
     created=(
@@ -315,6 +315,7 @@ async def test_the_second_run_changes_nothing(database_url: str) -> None:
             "0001_state is not applied",
             "0002_budgets is not applied",
             "0003_outbox is not applied",
+            "0004_states_by_id is not applied",
         ]
         await migrate(conn)
         assert await pending(conn) == []
@@ -366,7 +367,9 @@ async def test_of_four_at_once_one_does_the_work(database_url: str, isolation: s
         outputs = [(await process.communicate())[0] for process in processes]
         assert [process.returncode for process in processes] == [0, 0, 0, 0]
         assert sorted(outputs) == [b"0\n", b"0\n", b"0\n", b"5\n"]
-        assert await column(conn, "select version from onetime.schema_migrations") == [1, 2, 3]
+        assert await column(conn, "select version from onetime.schema_migrations") == list(
+            range(1, len(OWN_MIGRATIONS) + 1)
+        )
 
 
 async def test_a_migration_that_is_cut_off_leaves_nothing(database_url: str) -> None:
@@ -427,10 +430,33 @@ async def test_a_statement_that_takes_too_long_ends(database_url: str, monkeypat
         assert (await refusal(conn)).problems == ("a statement was cancelled, or took more than 0.05 s",)
 
 
+async def test_a_database_of_an_earlier_version_is_brought_up_to_date(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A database that an earlier onetime has migrated gets what came since, and keeps its rows."""
+    first = len(OWN_MIGRATIONS) - 1
+    async with connect(database_url) as conn:
+        with monkeypatch.context() as earlier:
+            earlier.setattr(migrations, "_MIGRATIONS", vars(migrations)["_MIGRATIONS"][:first])
+            assert (await migrate(conn)).applied == OWN_MIGRATIONS[:first]
+        await conn.execute(
+            "insert into onetime.email_verification_states (token_hash, id, caller, delivery)"
+            " select 'ev1.k.' || n, gen_random_uuid(), 'tests', 'return_code' from generate_series(1, 100) as n"
+        )
+        stored = "select token_hash, id, failed_attempts from onetime.email_verification_states order by id"
+        before = await rows(conn, stored)
+        assert await migrate(conn) == MigrationReport(applied=OWN_MIGRATIONS[first:])
+        assert await rows(conn, stored) == before
+        indexes = (
+            "select split_part(indexdef, ' USING ', 2) from pg_indexes where tablename = 'email_verification_states'"
+        )
+        assert set(await column(conn, indexes)) == {"btree (id)", "hash (token_hash)"}
+
+
 async def test_a_newer_database_is_refused(migrated_url: str) -> None:
     """A version that does not know what a newer one has made neither migrates nor serves."""
     newer = "insert into onetime.schema_migrations (version, name) values (9999, '9999_future')"
-    problem = "the schema onetime is at version 9999, and this program knows 3 at most"
+    problem = f"the schema onetime is at version 9999, and this program knows {len(OWN_MIGRATIONS)} at most"
     async with connect(migrated_url, newer) as conn:
         refused = await refusal(conn)
         assert refused.problems == (problem,)

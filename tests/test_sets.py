@@ -1554,7 +1554,6 @@ def element(stem: str, name: str, number: int) -> Mapping[str, object]:
         "purposes": "email_verification",
         "token_types": "recovery_token",
         "token_hashes": token_hash,
-        "old_hashes": token_hash,
         "relates_to": f"{number}@example.org",
         "ttls": 900.0,
         "callers": "tests",

@@ -33,11 +33,11 @@ select count(*) as purged from token
 -- Delete these users' email verifications, ours and others', with their states and mails.
 with verification as (
   delete from public.email_verification_tokens as t where t.user_id = any (%(user_ids)s::uuid[])
-  returning t.id, t.email_verification_token
+  returning t.id
 ), state as (
   delete from onetime.email_verification_states as s
   using verification as v
-  where s.token_hash = v.email_verification_token
+  where s.id = v.id
 ), mail as (
   delete from onetime.outbox as o
   using verification as v

@@ -85,7 +85,7 @@ with dead as materialized (
   left join lateral (
     select s.ctid as place
     from onetime.email_verification_states as s
-    where s.token_hash = t.email_verification_token
+    where s.id = t.id
     offset 0
   ) as s on true
   where t.ctid >= %(first)s::tid and t.ctid < %(end)s::tid

@@ -1,7 +1,8 @@
 -- Email verifications. Every statement takes arrays and answers for each element by its ord.
 --
 -- A row of public.email_verification_tokens is found through onetime.email_verification_states: by the digests that
--- may be stored for the token presented, or by its id. It is ours if that state is there; others are never touched.
+-- may be stored for the token presented, or by its id. It is ours if that state is there, and names its token; others
+-- are never touched.
 -- The budget of its user is locked first, then both rows together, in the order of ids, before anything is decided.
 
 -- name: add_users
@@ -44,21 +45,22 @@ from unnest(
   %(ords)s::int[], %(ids)s::uuid[], %(token_hashes)s::text[], %(callers)s::text[]
 ) as r (ord, id, token_hash, caller)
 cross join lateral (
+  select s.id, s.token_hash, s.failed_attempts, s.caller, s.delivery
+  from onetime.email_verification_states as s
+  where s.id = r.id
+  union all
+  select s.id, s.token_hash, s.failed_attempts, s.caller, s.delivery
+  from onetime.email_verification_states as s
+  where s.token_hash = r.token_hash
+) as s
+cross join lateral (
   select
     t.id, t.user_id, t.email_verification_token, t.code, t.code_sent,
     t.created_at, t.updated_at, t.expires_at, t.used_at, t.deleted_at
   from public.email_verification_tokens as t
-  where t.id = coalesce(
-    r.id, (select f.id from onetime.email_verification_states as f where f.token_hash = r.token_hash)
-  )
+  where t.id = s.id and t.email_verification_token = s.token_hash
   offset 0
 ) as t
-cross join lateral (
-  select s.failed_attempts, s.caller, s.delivery
-  from onetime.email_verification_states as s
-  where s.token_hash = t.email_verification_token and s.id = t.id
-  offset 0
-) as s
 left join lateral (
   select o.state, o.failure from onetime.outbox as o where o.verification_id = t.id offset 0
 ) as o on s.delivery = 'send_email'
@@ -74,19 +76,16 @@ with found as materialized (
     %(ords)s::int[], %(ids)s::uuid[], %(token_hashes)s::text[], %(callers)s::text[]
   ) as r (ord, id, token_hash, caller)
   cross join lateral (
-    select t.id, t.user_id, t.email_verification_token
+    select s.id, s.token_hash, s.caller from onetime.email_verification_states as s where s.id = r.id
+    union all
+    select s.id, s.token_hash, s.caller from onetime.email_verification_states as s where s.token_hash = r.token_hash
+  ) as s
+  cross join lateral (
+    select t.id, t.user_id
     from public.email_verification_tokens as t
-    where t.id = coalesce(
-      r.id, (select f.id from onetime.email_verification_states as f where f.token_hash = r.token_hash)
-    )
+    where t.id = s.id and t.email_verification_token = s.token_hash
     offset 0
   ) as t
-  cross join lateral (
-    select s.caller
-    from onetime.email_verification_states as s
-    where s.token_hash = t.email_verification_token and s.id = t.id
-    offset 0
-  ) as s
   where r.caller is null or s.caller = r.caller
 ), budget as materialized (
   select b.user_id, b.failures, b.failures_in_a_row, b.sends
@@ -104,8 +103,7 @@ with found as materialized (
     s.failed_attempts, s.caller, s.delivery, s.last_sent_at
   from found as f
   join public.email_verification_tokens as t on t.id = f.id and t.id = any (array(select f.id from found as f))
-  join onetime.email_verification_states as s
-    on s.token_hash = any (array[t.email_verification_token::text]) and s.id = t.id
+  join onetime.email_verification_states as s on s.id = any (array[t.id]) and s.token_hash = t.email_verification_token
   where (select count(*) from budget) >= 0 -- which makes that come first
   order by t.id
   for update of t, s /* skip locked */
@@ -138,21 +136,20 @@ returning t.id, t.updated_at, t.used_at
 -- Count a wrong code on verifications that this transaction has locked.
 update onetime.email_verification_states as s
 set failed_attempts = s.failed_attempts + 1
-from unnest(%(token_hashes)s::text[]) as r (token_hash)
-where s.token_hash = r.token_hash and s.token_hash = any (%(token_hashes)s::text[])
+where s.id = any (%(ids)s::uuid[])
 
 -- name: refresh_verifications
 -- Give verifications that this transaction has locked a fresh token in place of one that its caller never got. Their
 -- codes stay the same, sealed anew, since the pad is made from the stored token.
 with request as (
   select * from unnest(
-    %(ids)s::uuid[], %(old_hashes)s::text[], %(token_hashes)s::text[], %(sealed_codes)s::text[]
-  ) with ordinality as r (id, old_hash, token_hash, sealed_code, ord)
+    %(ids)s::uuid[], %(token_hashes)s::text[], %(sealed_codes)s::text[]
+  ) with ordinality as r (id, token_hash, sealed_code, ord)
 ), state as (
   update onetime.email_verification_states as s
   set token_hash = r.token_hash
   from request as r
-  where s.token_hash = r.old_hash and s.token_hash = any (%(old_hashes)s::text[])
+  where s.id = r.id and s.id = any (%(ids)s::uuid[])
 )
 update public.email_verification_tokens as t
 set email_verification_token = r.token_hash, code = r.sealed_code
@@ -164,8 +161,7 @@ returning r.ord, t.id, t.user_id, t.code_sent, t.created_at, t.updated_at, t.exp
 -- Record that the codes of verifications that this transaction has locked are sent again.
 update onetime.email_verification_states as s
 set last_sent_at = clock_timestamp()
-from unnest(%(token_hashes)s::text[]) as r (token_hash)
-where s.token_hash = r.token_hash and s.token_hash = any (%(token_hashes)s::text[])
+where s.id = any (%(ids)s::uuid[])
 
 -- name: mark_codes_sent
 -- Record that the codes of verifications that this transaction has locked have been mailed.

@@ -35,7 +35,7 @@ with over as materialized (
   select o.verification_id
   from onetime.outbox as o
   left join public.email_verification_tokens as t on t.id = o.verification_id
-  left join onetime.email_verification_states as s on s.token_hash = t.email_verification_token and s.id = t.id
+  left join onetime.email_verification_states as s on s.id = t.id and s.token_hash = t.email_verification_token
   where o.due_at <= statement_timestamp()
     and (
       s.id is null or t.used_at is not null or t.deleted_at is not null or t.expires_at <= clock_timestamp()
@@ -85,7 +85,7 @@ from unnest(
 ) with ordinality as r (verification_id, message_id, tries, ord)
 join onetime.outbox as o using (verification_id, message_id, tries)
 join public.email_verification_tokens as t on t.id = o.verification_id
-join onetime.email_verification_states as s on s.token_hash = t.email_verification_token and s.id = t.id
+join onetime.email_verification_states as s on s.id = t.id and s.token_hash = t.email_verification_token
 where o.state = 'queued' and o.due_at > clock_timestamp()
   and t.used_at is null and t.deleted_at is null and t.expires_at > clock_timestamp()
   and s.failed_attempts < %(max_attempts)s
