@@ -380,10 +380,10 @@ def about_growth(result: Cell, pictures: Path) -> str:
     return f"""## Growth
 
 The calls that write, by {result["callers"]} callers, on a database with {ticks[0]} rows in each of the two tables
-and on one with {ticks[1]}, in turns, in the time between two checkpoints. Each row has its user, its state and its
-budgets; nothing has expired. The large one takes {number(result["bytes"] / 2**30)} GiB, and was filled in
-{number(result["filled_seconds"] / 60)} minutes. The small one is made anew for each run; both grow while they are
-written to.
+and on one with {ticks[1]}, in turns. Each row has its user, its state and its budgets; nothing has expired. The large
+one takes {number(result["bytes"] / 2**30)} GiB, and was filled in {number(result["filled_seconds"] / 60)} minutes. Its
+last checkpoint is {result["aged"]:,} further rows ago. The small one is made anew for each run; both grow while they
+are written to.
 
 {table(header, rows)}
 
@@ -491,7 +491,7 @@ The server runs as in production, except that callers are not asked who they are
 metrics, budgets, receipts and clean-up are on, settings are the defaults. PostgreSQL, the server and the load
 generator share the machine, so a call's whole cost is in the figures, and none has as many cores as it could use.
 
-To measure again: `make bench`, with Go for the load generator. It takes about an hour and a half, and up to 35 GiB of
+To measure again: `make bench`, with Go for the load generator. It takes about an hour and a half, and up to 45 GiB of
 disk for the ten million rows; `make bench ARGS='--quick'` shows in some minutes that it runs, and
 `make bench ARGS=--help` what can be chosen.
 """
