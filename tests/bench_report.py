@@ -491,7 +491,7 @@ The server runs as in production, except that callers are not asked who they are
 metrics, budgets, receipts and clean-up are on, settings are the defaults. PostgreSQL, the server and the load
 generator share the machine, so a call's whole cost is in the figures, and none has as many cores as it could use.
 
-To measure again: `make bench`, with Go for the load generator. It takes about an hour and a half, and up to 45 GiB of
+To measure again: `make bench`, with Go for the load generator. It takes about an hour and a half, and up to 48 GiB of
 disk for the ten million rows; `make bench ARGS='--quick'` shows in some minutes that it runs, and
 `make bench ARGS=--help` what can be chosen.
 """

@@ -678,6 +678,17 @@ def test_change_verifications(database: Database) -> None:
     assert [tuple(row.values()) for row in rows] == [(fresh[0], "000001", 1), (fresh[2], "000003", 1)]
 
 
+def test_mark_resent(database: Database) -> None:
+    """The time of the last send is that of the verification that was sent again, and of no other."""
+    one, other = verifications(database, 2)
+    last_sent = "select id, last_sent_at from onetime.email_verification_states"
+    before = {row["id"]: row["last_sent_at"] for row in database.execute(last_sent)}
+    run(database, "email_verification", "mark_resent", ids=[one.id, uuid.uuid4()])
+    after = {row["id"]: row["last_sent_at"] for row in database.execute(last_sent)}
+    assert after[one.id] > before[one.id]
+    assert after[other.id] == before[other.id]
+
+
 # Budgets, as sets
 
 
