@@ -4,10 +4,10 @@ One check takes 20 ms and 19 MiB by default. On the event loop it would stop eve
 of codes would take all memory. Callers share the places, and take turns: who comes with one code does not wait for
 another's fifty.
 
-A code is charged before it is compared, which takes a trip to the database. So turns are given a little ahead of the
-threads, lest these wait for trips; and several at a time, so that where many wait, their charges share one. For the
-same reason a thread goes on with what is ready before it tells of what is done, a few codes at a time: so they are
-settled together, and the event loop is not woken, and does not hold up the threads, for each of them.
+A code is charged before it is compared, and settled after that, each with trips to the database. So turns are given
+ahead of the threads, lest these wait for trips; and where many wait, a batch of turns at a time, so that their charges
+share one. For the same reason the threads go on with what is ready before they tell of what is done, a batch at a time:
+so it is settled together, and the event loop is not woken, and does not hold up the threads, for each code.
 """
 
 import asyncio
@@ -28,14 +28,9 @@ from service.sets import Outcome, each
 
 T = TypeVar("T")
 
-FEWEST: Final = 3
-"""Turns for each thread, those in the threads included. When there are no more, further ones are given."""
-
-MOST: Final = 6
-"""Turns for each thread, to which it is filled up then. A caller who has none gets one beyond."""
-
-LARGEST: Final = 4
-"""Codes that a thread tells of together. The first of them has waited for the others then."""
+BATCH: Final = 3
+"""Codes for each thread that go together. There are turns for two batches: while one is hashed, the other is settled
+and charged. The first code of a batch waits for the last one, so some 60 ms."""
 
 
 class Run(Protocol):
@@ -67,15 +62,17 @@ class Hashing:
         """Hash in so many threads; let so many more wait."""
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="argon2")
         self._places = Places(threads + queue)
-        self._threads = threads
+        self._batch = BATCH * threads
         self._turns: Counter[str] = Counter()
         """How many were given and are not over, by caller."""
         self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
         """Who waits for a turn, by caller. The caller who is next stands first."""
         self._lock = threading.Lock()
-        """Held for the two below, which the threads and the event loop share."""
+        """Held for those below, which the threads and the event loop share."""
         self._ready: dict[str, deque[_Job]] = {}
         """What waits for a thread, by caller. The caller who is next stands first."""
+        self._done: list[tuple[_Job, Outcome[Any]]] = []
+        """What the threads have done, and not told of yet."""
         self._idle = threads
 
     @contextlib.asynccontextmanager
@@ -143,8 +140,8 @@ class Hashing:
         """Give a turn to each caller who has none; and if there are few, further ones to callers in turn."""
         for caller in [caller for caller in self._waiting if not self._turns[caller]]:
             self._give_turn(caller)
-        if self._turns.total() <= FEWEST * self._threads:
-            while self._waiting and self._turns.total() < MOST * self._threads:
+        if self._turns.total() <= self._batch:
+            while self._waiting and self._turns.total() < 2 * self._batch:
                 self._give_turn(next(iter(self._waiting)))
 
     def _give_turn(self, caller: str) -> None:
@@ -195,21 +192,24 @@ class Hashing:
 
         Of a caller's last job at once: it waits for nobody else's.
         """
-        done: list[tuple[_Job, Outcome[Any]]] = []
         while True:
             with self._lock:
-                last = any(job.caller not in self._ready for job, _ in done)
+                done = self._done
+                if len(done) >= self._batch or any(job.caller not in self._ready for job, _ in done):
+                    self._done = []
+                else:
+                    done = []
                 job = self._take()
-            if last or len(done) == LARGEST:
+            if done:
                 loop.call_soon_threadsafe(self._tell, done)
-                done = []
             if job is None:
                 return
             ARGON2_QUEUED.dec()
             ARGON2_HASHES.inc()
             with ARGON2_BUSY.track_inprogress():
                 (outcome,) = each(lambda work: work(), [job.work])
-            done.append((job, outcome))
+            with self._lock:
+                self._done.append((job, outcome))
 
     def _tell(self, done: Sequence[tuple[_Job, Outcome[Any]]]) -> None:
         """Tell callers what has come of their work, those who are still there."""

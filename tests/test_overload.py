@@ -23,7 +23,7 @@ from service.app import SERVER_OPTIONS
 from service.call import Call, ServedCall, current_call
 from service.crypto import api_key_hash, new_api_key
 from service.errors import Overloaded
-from service.hashing import Hashing
+from service.hashing import BATCH, Hashing
 from service.places import Places
 
 T = TypeVar("T")
@@ -164,27 +164,30 @@ async def test_callers_take_turns(make_hashing: Callable[..., Hashing]) -> None:
     assert gate.done[4:] == [f"greedy {number}" for number in range(2, 50)]
 
 
-async def test_codes_that_wait_together_are_told_of_together(make_hashing: Callable[..., Hashing]) -> None:
-    """A thread goes on with what is ready, and wakes the event loop for several at once; but never holds the last."""
-    hashing, gate = make_hashing(threads=1, queue=98), Gate()
-    tasks = [start(hashing, "one", gate.work("")) for _ in range(10)]
+@pytest.mark.parametrize("threads", [1, 2])
+async def test_codes_that_wait_together_are_told_of_together(
+    make_hashing: Callable[..., Hashing], threads: int
+) -> None:
+    """Threads go on with what is ready, and wake the event loop for a batch of all of them; but never hold the last."""
+    hashing, gate, batch = make_hashing(threads=threads, queue=98), Gate(), BATCH * threads
+    tasks = [start(hashing, "one", gate.work("")) for _ in range(3 * batch + 1)]
 
     def told() -> int:
         return sum(task.done() for task in tasks)
 
     # The first is not alone: others stand behind it.
-    await until(lambda: metrics.REGISTRY.get_sample_value("onetime_argon2_busy") == 1)
+    await until(lambda: metrics.REGISTRY.get_sample_value("onetime_argon2_busy") == threads)
     await asyncio.sleep(0.1)
-    gate.let(3)
-    await until(lambda: len(gate.done) == 3)
+    gate.let(batch - 1)
+    await until(lambda: len(gate.done) == batch - 1)
     await asyncio.sleep(0.1)
     assert told() == 0
     gate.let(1)
-    await until(lambda: told() == 4)
-    # Six have a turn now: the first four of them do not wait for the last.
-    gate.let(4)
-    await until(lambda: told() == 8)
-    gate.let(2)
+    await until(lambda: told() == batch)
+    # Twice as many have a turn now: the first half of them does not wait for the other.
+    gate.let(batch)
+    await until(lambda: told() == 2 * batch)
+    gate.let(batch + 1)
     await asyncio.gather(*tasks)
 
 
@@ -204,7 +207,7 @@ async def test_turns_are_given_several_at_a_time(make_hashing: Callable[..., Has
     calls = [as_caller("one", lambda: asyncio.create_task(charge())) for _ in range(60)]
     gate.let(60)
     await asyncio.gather(*calls)
-    assert max(ahead) == 12
+    assert max(ahead) == 2 * BATCH * 2
     assert len(set(given)) <= 15
 
 
