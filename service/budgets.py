@@ -9,7 +9,7 @@ times are the database's, read and written under the lock of the budget's row.
 It owns the limits' rules and the budgets' statements, and knows nothing of tokens.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, Final, TypeAlias
 from uuid import UUID
@@ -35,10 +35,12 @@ def lock(subject: Subject) -> list[Statement]:
     return [(_QUERIES["lock_budgets"], _params([subject])), (_QUERIES["read_budgets"], _params([subject]))]
 
 
-def lock_free(subjects: Sequence[Subject]) -> list[Statement]:
-    """Return the statements that do so for those that nobody else has locked; the last one gives their rows."""
-    params = _params(subjects)
-    return [(_QUERIES["make_budgets"], params), (_QUERIES["lock_free_budgets"], params)]
+def claim(subjects: Sequence[Subject]) -> list[Statement]:
+    """Return the statement that does so for sends of many, and gives the rows of those that nobody else has locked.
+
+    What it makes counts its send already: `settle` is to follow in the same transaction.
+    """
+    return [(_QUERIES["claim_budgets"], _params(subjects))]
 
 
 def refuse_failures(settings: Settings, budget: Mapping[str, Any]) -> None:
@@ -101,6 +103,23 @@ def spend(settings: Settings, *subjects: Subject) -> Statement:
     """Return the statement that counts a send for each."""
     keep = max(settings.sends_per_window, settings.sends_per_day)
     return _QUERIES["spend_sends"], {**_params(subjects), "keep": keep}
+
+
+def settle(settings: Settings, rows: Sequence[Mapping[str, Any]], sent: Collection[Subject]) -> list[Statement]:
+    """Return the statements that count sends on what `lock` or `claim` gave, and forget what was made for nothing.
+
+    Args:
+        settings: The limits.
+        rows: All that was given.
+        sent: Whose sends came about.
+    """
+    made = {(row["user_id"], row["purpose"]) for row in rows if row["made"]}
+    there = [subject for subject in sent if subject not in made]
+    forgotten = made.difference(sent)
+    return [
+        *([spend(settings, *there)] if there else []),
+        *([(_QUERIES["drop_budgets"], _params(list(forgotten)))] if forgotten else []),
+    ]
 
 
 def name_of_charge(budget: Mapping[str, Any]) -> datetime:

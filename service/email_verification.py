@@ -245,8 +245,8 @@ class EmailVerifications(pb_grpc.EmailVerificationServiceServicer):
         intents = [new.intent for new in news]
         subjects = [_subject(new.user_id) for new in news]
         find_users: Statement = (_QUERIES["find_users"], {"user_ids": [new.user_id for new in news]})
-        lock = budgets.lock(*subjects) if alone else budgets.lock_free(subjects)
-        receipts, (users, _, locked) = await claim(transaction, intents, find_users, *lock)
+        lock = budgets.lock(*subjects) if alone else budgets.claim(subjects)
+        receipts, (users, *_, locked) = await claim(transaction, intents, find_users, *lock)
         if alone and (earlier := intents[0].earlier(receipts[0])):
             return [await self._restart(earlier.row_id, news[0], transaction)]
         known = {row["id"] for row in users}
@@ -266,7 +266,7 @@ class EmailVerifications(pb_grpc.EmailVerificationServiceServicer):
             return [outcome for outcome in judged if isinstance(outcome, Exception)]
         try:
             *_, rows = await transaction.commit(
-                budgets.spend(self._settings, *(_subject(new.user_id) for new in started)),
+                *budgets.settle(self._settings, locked, [_subject(new.user_id) for new in started]),
                 *settle(*((new.intent, new.id, None) for new in started)),
                 *drop_refused(intents, receipts, judged),
                 *self._store(started, known),

@@ -202,8 +202,8 @@ class OneTimeTokens(pb_grpc.OneTimeTokenServiceServicer):
         transaction.impatient = not alone
         intents = [token.intent for token in tokens]
         spenders = [_spender_of(token.subject) for token in tokens]
-        lock = budgets.lock(*spenders) if alone else budgets.lock_free(spenders)
-        receipts, (_, locked) = await claim(transaction, intents, *lock)
+        lock = budgets.lock(*spenders) if alone else budgets.claim(spenders)
+        receipts, (*_, locked) = await claim(transaction, intents, *lock)
         if alone and (earlier := intents[0].earlier(receipts[0])):
             return [await self._reissue(earlier.row_id, tokens[0], transaction)]
         budget_of = {(row["user_id"], row["purpose"]): row for row in locked}
@@ -231,7 +231,7 @@ class OneTimeTokens(pb_grpc.OneTimeTokenServiceServicer):
         try:
             rows, *_ = await transaction.commit(
                 (_QUERIES["issue_tokens"], params),
-                budgets.spend(self._settings, *(_spender_of(token.subject) for token in issued)),
+                *budgets.settle(self._settings, locked, [_spender_of(token.subject) for token in issued]),
                 *settle(*((token.intent, token.subject.token_id, None) for token in issued)),
                 *drop_refused(intents, receipts, judged),
             )

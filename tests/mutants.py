@@ -1017,6 +1017,20 @@ MUTANTS: Final = (
         ("tests/test_sql.py::test_budgets_that_somebody_else_has_locked",),
     ),
     Mutant(
+        "first-send-of-a-set-counted-twice",
+        "A set counts a send on a budget that it has made with that send.",
+        "budgets.py",
+        (("there = [subject for subject in sent if subject not in made]", "there = list(sent)"),),
+        ("tests/test_sets.py::test_each_is_decided_as_if_it_were_alone",),
+    ),
+    Mutant(
+        "send-that-came-to-nothing-counted",
+        "A set leaves budgets of users who are unknown: whoever makes ids up fills the table.",
+        "budgets.py",
+        (("forgotten = made.difference(sent)", "forgotten = made.difference(made)"),),
+        ("tests/test_sets.py::test_each_is_decided_as_if_it_were_alone",),
+    ),
+    Mutant(
         "purge-without-the-budgets",
         "PurgeUser misses a token that is replaced while it waits.",
         "sql/admin.sql",

@@ -1083,7 +1083,7 @@ LEFT: Final = """
           b.purpose, cardinality(b.failures), b.failures_in_a_row, cardinality(b.sends)
         ) order by b.purpose)
         from onetime.budgets as b
-        where b.user_id = any (%(users)s::uuid[]) and (b.failures <> '{}' or b.sends <> '{}')
+        where b.user_id = any (%(users)s::uuid[])
       ) as budgets,
       (
         select json_agg(json_build_array(p.caller, p.rpc, p.row_id is null, p.answer is null) order by p.rpc)
@@ -1091,7 +1091,7 @@ LEFT: Final = """
         where p.request_id::text = %(request_id)s
       ) as receipts
 """
-"""What is left of a case, without its times and names. A budget with nothing in it is as good as none."""
+"""What is left of a case, without its times and names."""
 
 
 async def told(case: Case) -> str:
@@ -1420,8 +1420,8 @@ HOT: Final = [
     ("receipts", "drop_receipts"),
     ("budgets", "lock_budgets"),
     ("budgets", "read_budgets"),
-    ("budgets", "make_budgets"),
-    ("budgets", "lock_free_budgets"),
+    ("budgets", "claim_budgets"),
+    ("budgets", "drop_budgets"),
     ("budgets", "spend_sends"),
     ("budgets", "charge_budgets"),
     ("budgets", "end_runs"),

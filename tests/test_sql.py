@@ -413,7 +413,7 @@ def test_codes_that_somebody_else_has_locked(database: Database) -> None:
     """Where locks are passed over, what is locked, or has a budget that is, is told as skipped, and no neighbour is."""
     held, of_budget, with_budget, without = tokens(database, *["otc1"] * 4)
     users = [of_budget.user_id, with_budget.user_id]
-    run(database, "budgets", "make_budgets", user_ids=users, purposes=[RECOVERY] * 2)
+    run(database, "budgets", "lock_budgets", user_ids=users, purposes=[RECOVERY] * 2)
     lock = skipping_locked(load_queries("one_time_tokens")["lock_codes"])
     params = codes(*((each, RECOVERY) for each in (held, of_budget, uuid.uuid4(), with_budget, without)))
     with connected(_url_of(database)) as somebody, somebody.transaction():
@@ -617,7 +617,7 @@ def test_verifications_that_somebody_else_has_locked(database: Database) -> None
         "user_ids": [users[of_budget.id], users[with_budget.id]],
         "purposes": ["email_verification"] * 2,
     }
-    run(database, "budgets", "make_budgets", **budgets)
+    run(database, "budgets", "lock_budgets", **budgets)
     lock = skipping_locked(load_queries("email_verification")["lock_verifications"])
     asked = [held.id, of_budget.id, uuid.uuid4(), with_budget.id, without.id]
     params = {"ords": [1, 2, 3, 4, 5], "ids": asked, "token_hashes": [None] * 5, "callers": [None] * 5}
@@ -740,29 +740,51 @@ def test_budgets(database: Database) -> None:
     assert [rows[subject]["failures_in_a_row"] for subject in (first, *others)] == [1, 0, 0]
 
 
+def test_budgets_that_are_claimed(database: Database) -> None:
+    """Those that are not there are made with their send, told as if it were not counted, and forgotten again."""
+    user_ids = [uuid.uuid4() for _ in range(4)]
+    subjects: dict[str, object] = {"user_ids": user_ids, "purposes": ["a", "b", "c", "a"]}
+    of = dict(zip(user_ids, "abca", strict=True))
+    charged: dict[str, object] = {"user_ids": user_ids[:1], "purposes": ["a"]}
+    run(database, "budgets", "charge_budgets", **charged, charged_ats=[MOMENT], keep=4)
+    run(database, "budgets", "spend_sends", **charged, keep=4)
+    # Another purpose of a user is another budget.
+    run(database, "budgets", "lock_budgets", user_ids=user_ids[1:2], purposes=["a"])
+    before = budget_rows(database)
+    rows = run(database, "budgets", "claim_budgets", **subjects)
+    told = {(row["user_id"], row["purpose"]): row for row in rows}
+    assert told.keys() == set(of.items())
+    there = told.pop((user_ids[0], "a"))
+    assert (there["made"], there["failures"], there["failures_in_a_row"]) == (False, [MOMENT], 1)
+    assert there["sends"] == before[user_ids[0], "a"]["sends"]
+    for row in told.values():
+        assert (row["made"], row["failures"], row["failures_in_a_row"], row["sends"]) == (True, [], 0, [])
+    made = budget_rows(database)
+    assert {subject: made.pop(subject) for subject in before} == before
+    assert made.keys() == told.keys()
+    for row in made.values():
+        assert (len(row["sends"]), row["failures"], row["failures_in_a_row"]) == (1, [], 0)
+    run(database, "budgets", "drop_budgets", user_ids=user_ids[1:3], purposes=["b", "c"])
+    assert budget_rows(database).keys() == {*before, (user_ids[3], "a")}
+
+
 def test_budgets_that_somebody_else_has_locked(database: Database) -> None:
-    """Budgets made for a set are there for all; those that are locked elsewhere get no answer, and nobody waits."""
+    """What is locked elsewhere gets no answer when budgets are claimed, and nobody waits for it."""
     user_ids = [uuid.uuid4() for _ in range(3)]
     subjects: dict[str, object] = {"user_ids": user_ids, "purposes": ["a", "b", "c"]}
-    run(database, "budgets", "make_budgets", user_ids=user_ids[:2], purposes=["a", "b"])
-    run(database, "budgets", "spend_sends", user_ids=user_ids[:1], purposes=["a"], keep=4)
-    run(database, "budgets", "make_budgets", **subjects)
-    assert {subject: len(row["sends"]) for subject, row in budget_rows(database).items()} == {
-        (user_ids[0], "a"): 1,
-        (user_ids[1], "b"): 0,
-        (user_ids[2], "c"): 0,
-    }
+    run(database, "budgets", "spend_sends", user_ids=user_ids[:2], purposes=["a", "b"], keep=4)
     with connected(_url_of(database)) as somebody, connected(_url_of(database)) as third:
         with somebody.transaction():
             somebody.execute("select from onetime.budgets where user_id = %s for update", [user_ids[1]])
             with third.transaction():
-                free = run(third, "budgets", "lock_free_budgets", **subjects)
-                assert {(row["user_id"], row["purpose"], len(row["sends"])) for row in free} == {
-                    (user_ids[0], "a", 1),
-                    (user_ids[2], "c", 0),
+                free = run(third, "budgets", "claim_budgets", **subjects)
+                assert {(row["user_id"], row["purpose"], row["made"]) for row in free} == {
+                    (user_ids[0], "a", False),
+                    (user_ids[2], "c", True),
                 }
-                assert run(database, "budgets", "lock_free_budgets", **subjects) == []  # they are locked
-        assert len(run(database, "budgets", "lock_free_budgets", **subjects)) == 3
+                there: dict[str, object] = {"user_ids": user_ids[:2], "purposes": ["a", "b"]}
+                assert run(database, "budgets", "claim_budgets", **there) == []  # they are locked
+        assert len(run(database, "budgets", "claim_budgets", **subjects)) == 3
 
 
 def test_impatience_ends_with_its_transaction(database: Database) -> None:

@@ -15,27 +15,44 @@ on conflict (user_id, purpose) do update set purpose = excluded.purpose where fa
 
 -- name: read_budgets
 -- Tell how budgets stand that this transaction has locked.
-select b.user_id, b.purpose, b.failures, b.failures_in_a_row, b.sends, clock_timestamp() as now
+select b.user_id, b.purpose, b.failures, b.failures_in_a_row, b.sends, false as made, clock_timestamp() as now
 from unnest(%(user_ids)s::uuid[], %(purposes)s::text[]) as r (user_id, purpose)
 join onetime.budgets as b using (user_id, purpose)
 where b.user_id = any (%(user_ids)s::uuid[])
 
--- name: make_budgets
--- Make the budgets that are not there.
-insert into onetime.budgets (user_id, purpose)
-select user_id, purpose
-from unnest(%(user_ids)s::uuid[], %(purposes)s::text[]) as r (user_id, purpose)
-order by user_id, purpose
-on conflict (user_id, purpose) do nothing
+-- name: claim_budgets
+-- Make the budgets that are not there, each with the send that it is made for, and lock those that are there: all but what
+-- others have locked, are making or have just removed, which is left to calls on their own. So a new user's budget is
+-- looked up and written once. It is told as it was before, without a send, which no limit refuses; for a send that comes
+-- to nothing all the same, drop_budgets forgets it.
+with subject as materialized (
+  select user_id, purpose from unnest(%(user_ids)s::uuid[], %(purposes)s::text[]) as r (user_id, purpose)
+), made as (
+  insert into onetime.budgets (user_id, purpose, sends)
+  select user_id, purpose, array[clock_timestamp()] from subject
+  order by user_id, purpose
+  on conflict (user_id, purpose) do nothing
+  returning user_id, purpose
+), locked as materialized (
+  select b.user_id, b.purpose, b.failures, b.failures_in_a_row, b.sends
+  from subject as s
+  cross join lateral (
+    select b.user_id, b.purpose, b.failures, b.failures_in_a_row, b.sends
+    from onetime.budgets as b
+    where b.user_id = s.user_id and b.purpose = s.purpose
+    for update of b skip locked
+  ) as b
+  where (s.user_id, s.purpose) not in (select m.user_id, m.purpose from made as m)
+)
+select user_id, purpose, failures, failures_in_a_row, sends, false as made, clock_timestamp() as now from locked
+union all
+select user_id, purpose, '{}', 0, '{}', true, clock_timestamp() from made
 
--- name: lock_free_budgets
--- Lock budgets, but for those that others have locked, or have just removed: these are left to calls on their own.
-select b.user_id, b.purpose, b.failures, b.failures_in_a_row, b.sends, clock_timestamp() as now
-from unnest(%(user_ids)s::uuid[], %(purposes)s::text[]) as r (user_id, purpose)
-join onetime.budgets as b using (user_id, purpose)
-where b.user_id = any (%(user_ids)s::uuid[])
-order by b.user_id, b.purpose
-for update of b skip locked
+-- name: drop_budgets
+-- Forget budgets that this transaction has made, for sends that came to nothing.
+delete from onetime.budgets as b
+using unnest(%(user_ids)s::uuid[], %(purposes)s::text[]) as r (user_id, purpose)
+where b.user_id = r.user_id and b.user_id = any (%(user_ids)s::uuid[]) and b.purpose = r.purpose
 
 -- name: spend_sends
 -- Count one send on each budget.
