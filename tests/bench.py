@@ -49,8 +49,8 @@ MEMORY: Final = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 POSTGRES: Final = {
     "max_connections": "450",  # pgbench with hundreds of clients, beside the servers' pools
-    # The most that PostgreSQL's documentation advises, which is a quarter to two fifths of the memory: here a quarter does
-    # not hold the indexes of ten million rows, and an index that is not in memory is what a large table must not have.
+    # The most that PostgreSQL's documentation advises, which is a quarter to two fifths of the memory: of 24 GiB, a
+    # quarter does not hold the indexes of ten million rows.
     "shared_buffers": f"{MEMORY * 2 // 5 // 2**20}MB",
     # So that checkpoints come by time, and none in the middle of a run, which would be somebody's bad luck.
     "max_wal_size": "32GB",
@@ -65,9 +65,10 @@ START_TIMEOUT_S: Final = 60.0
 STOP_TIMEOUT_S: Final = 30.0
 POLL_S: Final = 0.005
 MEMORY_CALLERS: Final = 64
-AGEING: Final = 20
+AGEING: Final = 10
 """One in so many more rows comes to the large database between its checkpoint and what is measured. By ten million
-that is what the server makes in a sixth of `checkpoint_timeout`."""
+that is what the server makes in a third of `checkpoint_timeout`: by then one insert in twenty is the first one since
+the checkpoint into its page of the widest index, and over the whole time one in ten is."""
 
 SPARE_BYTES: Final = 24 * 2**30
 """For the write-ahead log and the servers' logs."""
