@@ -35,6 +35,9 @@ BLOCKS_ON_DEMAND: Final = 256
 _GRACE: Final = timedelta(hours=1)
 """Age at which a state without its token is an orphan. Any that outlasts a statement would do."""
 
+_TRANSACTION: Final = timedelta(seconds=30)
+"""Longer than any of ours lasts. A send is counted as its transaction begins, and its token made as it ends."""
+
 _DAY: Final = timedelta(days=1)
 _YEAR: Final = timedelta(days=366)
 
@@ -165,7 +168,7 @@ def _range(settings: Settings, table: str, first: int, end: int) -> tuple[str, P
         "retention": settings.retention.total_seconds(),
         "receipt_retention": settings.receipt_retention.total_seconds(),
         "grace": _GRACE.total_seconds(),
-        "longest_send": max(_DAY, settings.longest_ttl()).total_seconds(),
+        "longest_send": (max(_DAY, settings.longest_ttl()) + _TRANSACTION).total_seconds(),
         "longest_failure": _DAY.total_seconds(),
         "longest_run": _YEAR.total_seconds(),
     }

@@ -51,16 +51,6 @@ IDLE_IN_TRANSACTION_TIMEOUT_MS: Final = 10_000
 POOL_TIMEOUT_S: Final = 2.0
 """How long a call waits for a free connection."""
 
-KEPT_OPEN: Final = 2
-"""Connections that stay open though nobody uses them: what calls of one kind take, which are decided together, and some
-more now and then.
-
-The pool hands out in turn whatever is open. That costs where tables are large: each process of the server maps pages of
-the shared buffers for itself when it first needs them, and has caches of its own to warm."""
-
-IDLE_S: Final = 60.0
-"""How long one more connection is kept that nobody needed."""
-
 CONNECT_TIMEOUT_S: Final = 3
 
 RECONNECT_TIMEOUT_S: Final = 2.0
@@ -208,9 +198,8 @@ class Database:
         self._tasks: set[asyncio.Task[Any]] = set()
         self.pool: AsyncConnectionPool[Connection] = AsyncConnectionPool(
             url,
-            min_size=min(KEPT_OPEN, pool_size),
+            min_size=pool_size,
             max_size=pool_size,
-            max_idle=IDLE_S,
             open=False,
             timeout=POOL_TIMEOUT_S,
             reconnect_timeout=RECONNECT_TIMEOUT_S,

@@ -598,7 +598,7 @@ def measure_growth(bench: Bench) -> Result:
     urls = {name: bench_rows.make_database(bench.url, name) for name in names}
     for url in urls.values():
         migrate(url)
-    size, filled = _fill(bench, urls["large"])
+    size, indexes, filled = _fill(bench, urls["large"])
     with contextlib.ExitStack() as stack:
         servers = {name: stack.enter_context(server(plan, urls[name])) for name in names}
         for name in names:
@@ -629,13 +629,14 @@ def measure_growth(bench: Bench) -> Result:
         "rows": {"small": BASE_ROWS, "large": plan.rows},
         "aged": plan.rows // AGEING,
         "bytes": size,
+        "index_bytes": indexes,
         "filled_seconds": round(filled),
         "callers": callers,
     }
 
 
-def _fill(bench: Bench, url: str) -> tuple[int, float]:
-    """Fill the large database, and return its bytes, and the seconds that it took."""
+def _fill(bench: Bench, url: str) -> tuple[int, int, float]:
+    """Fill the large database, and return its bytes, those of its indexes, and the seconds that it took."""
     begin, rows, done = time.monotonic(), bench.plan.rows, 0
 
     def progress(more: int) -> None:
@@ -647,8 +648,9 @@ def _fill(bench: Bench, url: str) -> tuple[int, float]:
     with bench.connect(url) as connection:
         bench_rows.fill(connection, 0, rows, key=bench.ring.keys[0].id, progress=progress)
         bench.settle(url)
-        ((size,),) = connection.execute("select pg_database_size(current_database())").fetchall()
-    return int(str(size)), time.monotonic() - begin
+        query = "select pg_database_size(current_database()), sum(pg_indexes_size(t)) from unnest(%s::regclass[]) as t"
+        ((size, indexes),) = connection.execute(query, [list(bench_rows.TABLES)]).fetchall()
+    return int(str(size)), int(str(indexes)), time.monotonic() - begin
 
 
 def measure_process(bench: Bench) -> Result:

@@ -381,7 +381,8 @@ def about_growth(result: Cell, pictures: Path) -> str:
 
 The calls that write, by {result["callers"]} callers, on a database with {ticks[0]} rows in each of the two tables
 and on one with {ticks[1]}, in turns. Each row has its user, its state and its budgets; nothing has expired. The large
-one takes {number(result["bytes"] / 2**30)} GiB, and was filled in {number(result["filled_seconds"] / 60)} minutes. Its
+one takes {number(result["bytes"] / 2**30)} GiB, of which {number(result["index_bytes"] / 2**30)} are indexes, which
+PostgreSQL's shared buffers are to hold, and was filled in {number(result["filled_seconds"] / 60)} minutes. Its
 last checkpoint is {result["aged"]:,} further rows ago. The small one is made anew for each run; both grow while they
 are written to.
 

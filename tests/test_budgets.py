@@ -514,6 +514,7 @@ async def test_clean_up_takes_only_what_bounds_nothing(postgres_18: PostgresServ
     kept, gone = "kept", "gone"
     rows = [
         (kept, [], 0, [DAY - MINUTE]),
+        (kept, [], 0, [DAY + timedelta(seconds=5)]),
         (gone, [], 0, [DAY + MINUTE]),
         (kept, [DAY - MINUTE], 0, []),
         (gone, [DAY + MINUTE], 0, [2 * DAY]),

@@ -1,6 +1,5 @@
 """How parameters reach the database. What becomes of calls when it fails is in `test_faults.py`."""
 
-import asyncio
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from enum import IntEnum
@@ -8,12 +7,12 @@ from typing import Any, Final
 
 import psycopg
 import pytest
-from calls import Database, connected, until
+from calls import Database, connected
 from conftest import PostgresServer
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from service.db import KEPT_OPEN, ArrayDumper
+from service.db import ArrayDumper
 from service.db import Database as Pool
 
 PROPERTY: Final = settings(deadline=None, database=None, max_examples=200, suppress_health_check=[HealthCheck.too_slow])
@@ -92,34 +91,6 @@ async def test_every_encoding_is_spoken(postgres_18: PostgresServer, encoding: s
         finally:
             await pool.close()
     assert (row["one"], row["some"]) == (address, [address, "b"])
-
-
-async def test_as_many_connections_as_are_needed(
-    postgres_18: PostgresServer, template_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Calls one after the other share a few; at once each has its own, up to the limit; then they are closed again."""
-    monkeypatch.setattr("service.db.IDLE_S", 0.1)
-    query = "select from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid()"
-    with postgres_18.database(template_url) as url, connected(url) as database:
-
-        def connections() -> int:
-            return database.execute(query).rowcount
-
-        pool = Pool(url, pool_size=5)
-        await pool.open()
-        try:
-            for _ in range(20):
-                await pool.fetch("select", {})
-            await until(lambda: connections() == KEPT_OPEN)
-            with connected(url) as holder, holder.transaction():
-                holder.execute("lock table onetime.budgets")
-                calls = [asyncio.create_task(pool.fetch("select from onetime.budgets", {})) for _ in range(7)]
-                await until(lambda: connections() == 5 + 1)  # the holder is there too
-                assert not any(call.done() for call in calls)
-            await asyncio.gather(*calls)
-            await until(lambda: connections() == KEPT_OPEN)
-        finally:
-            await pool.close()
 
 
 @pytest.mark.parametrize("element", [["nested"], True, Number.ONE, object(), datetime(2026, 3, 8, tzinfo=UTC).date()])

@@ -21,10 +21,11 @@ join onetime.budgets as b using (user_id, purpose)
 where b.user_id = any (%(user_ids)s::uuid[])
 
 -- name: claim_budgets
--- Make the budgets that are not there, each with the send that it is made for, and lock those that are there: all but what
--- others have locked, are making or have just removed, which is left to calls on their own. So a new user's budget is
--- looked up and written once. It is told as it was before, without a send, which no limit refuses; for a send that comes
--- to nothing all the same, drop_budgets forgets it.
+-- Make the budgets that are not there, each with the send that it is made for, and lock those that are there, but for what
+-- others have locked or have just made: these are left to calls on their own. So a new user's budget is written once. It
+-- is told as it was before, without a send, which no limit refuses; for a send that comes to nothing all the same,
+-- drop_budgets forgets it. All are made before any is locked: while it waits for others that make or remove the same
+-- ones, it holds none but those that it has made, in order.
 with subject as materialized (
   select user_id, purpose from unnest(%(user_ids)s::uuid[], %(purposes)s::text[]) as r (user_id, purpose)
 ), made as (
