@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import psycopg
 import pytest
-from calls import Database, connected
+from calls import Database, connected, until
 from conftest import PostgresServer
 from psycopg._queries import PostgresQuery
 from psycopg.adapt import Transformer
@@ -749,9 +749,10 @@ def test_budgets_that_are_claimed(database: Database) -> None:
     run(database, "budgets", "charge_budgets", **charged, charged_ats=[MOMENT], keep=4)
     run(database, "budgets", "spend_sends", **charged, keep=4)
     # Another purpose of a user is another budget.
-    run(database, "budgets", "lock_budgets", user_ids=user_ids[1:2], purposes=["a"])
+    run(database, "budgets", "lock_budgets", user_ids=user_ids[:2], purposes=["b", "a"])
     before = budget_rows(database)
     rows = run(database, "budgets", "claim_budgets", **subjects)
+    assert len(rows) == len(user_ids)
     told = {(row["user_id"], row["purpose"]): row for row in rows}
     assert told.keys() == set(of.items())
     there = told.pop((user_ids[0], "a"))
@@ -785,6 +786,24 @@ def test_budgets_that_somebody_else_has_locked(database: Database) -> None:
                 there: dict[str, object] = {"user_ids": user_ids[:2], "purposes": ["a", "b"]}
                 assert run(database, "budgets", "claim_budgets", **there) == []  # they are locked
         assert len(run(database, "budgets", "claim_budgets", **subjects)) == 3
+
+
+@pytest.mark.parametrize("ends", ["commit", "rollback"])
+async def test_budgets_that_somebody_else_is_making(database: Database, ends: str) -> None:
+    """A claim waits for who is making one of them; if he has made it, with a send, it is not told as free of any."""
+    user_ids = [uuid.uuid4() for _ in range(2)]
+    subjects: dict[str, object] = {"user_ids": user_ids, "purposes": ["a", "b"]}
+    with connected(_url_of(database)) as somebody:
+        somebody.execute("begin")
+        theirs: dict[str, object] = {"user_ids": user_ids[:1], "purposes": ["a"]}
+        assert len(run(somebody, "budgets", "claim_budgets", **theirs)) == 1
+        claim = asyncio.create_task(asyncio.to_thread(run, database, "budgets", "claim_budgets", **subjects))
+        waiting = "select from pg_stat_activity where pid = %s and wait_event_type = 'Lock'"
+        await until(lambda: somebody.execute(waiting, [database.info.backend_pid]).rowcount == 1)
+        somebody.execute(ends.encode())
+        told = {(row["user_id"], row["made"]) for row in await claim}
+    assert told == {(user_id, True) for user_id in (user_ids if ends == "rollback" else user_ids[1:])}
+    assert [len(row["sends"]) for row in budget_rows(database).values()] == [1, 1]
 
 
 def test_impatience_ends_with_its_transaction(database: Database) -> None:
