@@ -7,7 +7,7 @@ What is stored names its format and the id of its key:
     otl1.<key>.<43 characters>     link: HMAC-SHA-256 over type and secret, base64url
     otc1.<key>.<PHC string>        code: Argon2id over an HMAC of the code with its type, user and address
     oth1.<key>.<43 characters>     code, hashed without Argon2: HMAC-SHA-256, over the row's id too
-    ev1.<key>.<128 characters>     email verification token: HMAC-SHA-512 in hex
+    ev1.<key>.<12><116 characters> email verification token, in hex: the time in it, and 464 bits of HMAC-SHA-512
     6 digits                       email verification code, sealed: see `seal_code`
 
 The first key of the ring makes; all of them check. From each key, HKDF derives one sub-key a purpose, so that what was
@@ -46,7 +46,12 @@ _SHORTAGES: Final = tuple(map(argon2.low_level.error_to_str, (-22, -33)))
 """argon2.h: ARGON2_MEMORY_ALLOCATION_ERROR, ARGON2_THREAD_FAIL. Later, the same check may succeed."""
 _KEY_ID: Final = re.compile(r"[a-z0-9]{1,16}", re.ASCII)
 _LINK_BYTES: Final = 32
-_EMAIL_TOKEN_BYTES: Final = 96
+_EMAIL_TOKEN_BYTES: Final = 90
+_EMAIL_TOKEN_TIME_BYTES: Final = 6
+_EMAIL_TOKEN_TIME_LENGTH: Final = 8
+"""In characters of base64url."""
+_EMAIL_TOKEN_MAC_LENGTH: Final = 116
+"""In hex. With the time, it has the 128 characters that the table asks for."""
 _NONCE_BYTES: Final = 12
 _RSA_BITS: Final = 2048
 EMAIL_CODE_LENGTH: Final = 6
@@ -193,7 +198,7 @@ class Keyring:
         return _email_token_hash(self._maker, token)
 
     def email_token_hashes(self, token: str) -> list[str]:
-        """Return what may be stored for a presented token, one a key."""
+        """Return what may be stored for a presented token, one a key. Its form must have been checked."""
         return [_email_token_hash(key, token) for key in self.keys]
 
     def seal_code(self, code: str, *, row_id: uuid.UUID, user_id: uuid.UUID, token_hash: str) -> str:
@@ -292,7 +297,11 @@ def _link_hash(key: Key, token_type: str, secret: str) -> str:
 
 
 def _email_token_hash(key: Key, token: str) -> str:
-    return f"ev1.{key.id}.{hmac.digest(key.email_token, _frame(token), 'sha512').hex()}"
+    # The table's unique index would else spread new tokens over all of its pages: in one that outgrows memory, each
+    # insert would wait for a disk. In hex, since nothing that is stored may be a part of the token itself.
+    made = base64.urlsafe_b64decode(token[-_EMAIL_TOKEN_TIME_LENGTH:])
+    mac = hmac.digest(key.email_token, _frame(token), "sha512").hex()
+    return f"ev1.{key.id}.{made.hex()}{mac[:_EMAIL_TOKEN_MAC_LENGTH]}"
 
 
 def _fingerprint(key: Key, message: bytes) -> str:
@@ -316,8 +325,12 @@ def new_link_secret() -> str:
 
 
 def new_email_token() -> str:
-    """Return 768 random bits in base64url: 128 characters, the least that the table takes."""
-    return _encode(secrets.token_bytes(_EMAIL_TOKEN_BYTES))
+    """Return 720 random bits and the milliseconds since 1970 in base64url: 128 characters, the least the table takes.
+
+    The time is no secret, and nothing is decided by it: for tokens that are made together to be stored together.
+    """
+    made = time.time_ns() // 1_000_000
+    return _encode(secrets.token_bytes(_EMAIL_TOKEN_BYTES) + made.to_bytes(_EMAIL_TOKEN_TIME_BYTES, "big"))
 
 
 def new_row_id() -> uuid.UUID:

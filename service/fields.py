@@ -250,9 +250,10 @@ class Fields:
         return value
 
     def email_token(self, field: str, value: str) -> str:
-        """Check an email verification token."""
+        """Check an email verification token, and return it, or nothing of one that has not its form."""
         if not _EMAIL_TOKEN.fullmatch(value):
             self.refuse(field, "128 characters of base64url, as StartEmailVerification returned them, are required")
+            return ""
         return value
 
     def address(self, field: str, value: str) -> str:

@@ -130,7 +130,10 @@ def _copy(connection: Connection, table: str, rows: Sequence[Sequence[object]]) 
 
 _UUID: Final = "md5('u' || {n}::text)::uuid"
 _LINK_HASH: Final = "'otl1.k00000000.' || left(repeat(md5('u' || {n}::text), 2), 43)"
-_EMAIL_HASH: Final = "'ev1.{key}.' || repeat(md5('u' || {n}::text), 4)"
+# A token a millisecond, from somewhere in 2023 on: it begins with its time.
+_EMAIL_HASH: Final = (
+    "'ev1.{key}.' || lpad(to_hex(1700000000000 + {n}), 12, '0') || left(repeat(md5('u' || {n}::text), 4), 116)"
+)
 NOBODYS_KEY: Final = "k00000000"
 
 _FILL: Final = """

@@ -83,10 +83,11 @@ def test_stored_formats_stay_as_they_are() -> None:
     """What is stored for given secrets, as computed from the documented formats by other code, once and for all."""
     assert RING.link_hash("recovery_token", "A" * 43) == "otl1.k1.XEbpMjjaq0Hw5yqd-v0HsM9nVi1DLL0hONmZMDnDeIs"
     assert TOKEN_HASH == (
-        "ev1.k1.72a617c48d33f490936e899faa106b08cb537aeefcaa6e15549bb370cc09a4c7"
-        "c1eba0475ee6ecb75886a9fafd3958a74df108f6b6f645ef5ecf606fec125aa2"
+        "ev1.k1.041041041041"
+        "72a617c48d33f490936e899faa106b08cb537aeefcaa6e15549bb370cc09a4c7"
+        "c1eba0475ee6ecb75886a9fafd3958a74df108f6b6f645ef5ecf"
     )
-    assert RING.seal_code("012345", row_id=ROW, user_id=USER, token_hash=TOKEN_HASH) == "919639"
+    assert RING.seal_code("012345", row_id=ROW, user_id=USER, token_hash=TOKEN_HASH) == "632129"
     hmac_only = RING.code_hasher(None)
     assert hmac_only.hash("012345", SUBJECT) == "oth1.k1.k9at3JzC21wtCnEszGTkZMCWtKRuYnH-EH_eVAqqjzQ"
     argon2id = "otc1.k1.$argon2id$v=19$m=64,t=1,p=1$MDEyMzQ1Njc4OWFiY2RlZg$4WE2ir5ENH6uDbhCIZv8foyZMyEe567HJB0PxrrO4QI"
@@ -323,6 +324,31 @@ def test_email_token_is_long_enough_for_its_table(ring: Keyring) -> None:
     assert 128 <= len(stored) <= 255
 
 
+def test_email_tokens_stand_in_the_order_of_their_time() -> None:
+    """Of two tokens, what is stored for the later one is the greater, and no part of either is in it."""
+    tokens = []
+    for _ in range(20):
+        tokens.append(new_email_token())
+        # More than the millisecond that a token's time is told to.
+        time.sleep(0.002)
+    stored = [RING.email_token_hash(token) for token in tokens]
+    assert stored == sorted(stored)
+    assert not [
+        place
+        for token, digest in zip(tokens, stored, strict=True)
+        for place in range(len(token) - 7)
+        if token[place : place + 8] in digest
+    ]
+
+
+def test_email_tokens_do_not_differ_by_their_time_alone() -> None:
+    """Without its time, a token is 120 random characters; and what is stored depends on each character."""
+    token = new_email_token()
+    assert len({new_email_token()[:-8] for _ in range(10_000)}) == 10_000
+    others = {f"{token[:place]}{'B' if token[place] == 'A' else 'A'}{token[place + 1 :]}" for place in range(128)}
+    assert len({RING.email_token_hash(each)[-116:] for each in {token, *others}}) == 129
+
+
 # Codes of one-time tokens
 
 
@@ -476,7 +502,7 @@ def test_sealed_code_is_worth_nothing_elsewhere(what: str) -> None:
     for number in range(10, 1010):
         row = uuid.UUID(int=number) if what == "row" else ROW
         user = uuid.UUID(int=number) if what == "user" else USER
-        token_hash = RING.email_token_hash(str(number)) if what == "token" else TOKEN_HASH
+        token_hash = RING.email_token_hash(f"{number:0128d}") if what == "token" else TOKEN_HASH
         ring = Keyring([Key("k1", number.to_bytes(32, "big"))]) if what == "key" else RING
         opened.add(ring.unseal_code(sealed, row_id=row, user_id=user, token_hash=token_hash))
     assert "012345" not in opened
