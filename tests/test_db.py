@@ -1,5 +1,6 @@
-"""How parameters reach the database. What becomes of calls when it fails is in `test_faults.py`."""
+"""How parameters reach the database, and on which connection. What becomes of calls when it fails: `test_faults.py`."""
 
+import asyncio
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from enum import IntEnum
@@ -98,3 +99,24 @@ def test_other_types_are_refused(database: Database, element: object) -> None:
     """What nobody has thought of is no guess."""
     with pytest.raises(TypeError, match=type(element).__name__):
         sent(database, [element], "text")
+
+
+async def test_the_connection_that_came_back_last_goes_out_first(postgres_18: PostgresServer) -> None:
+    """Calls one after the other are all on one, whatever was before; those at the same time have each their own."""
+    with postgres_18.database() as url:
+        pool = Pool(url, pool_size=4)
+
+        async def backend(seconds: float = 0) -> int:
+            (row,) = await pool.fetch("select pg_backend_pid() as pid, pg_sleep(%(s)s)", {"s": seconds})
+            pid: int = row["pid"]
+            return pid
+
+        await pool.open()
+        try:
+            await pool.pool.wait()
+            for _ in range(3):
+                *others, last = [await each for each in asyncio.as_completed([backend(n / 10) for n in range(1, 5)])]
+                assert len({*others, last}) == 4
+                assert {await backend() for _ in range(8)} == {last}
+        finally:
+            await pool.close()
