@@ -383,7 +383,7 @@ def _operation(settings: Settings, connection: Connection, rows: list[dict[str, 
             "statements are lost"
         )
         findings.append(Finding("operation", "warn", text, "pool by session, or connect without it"))
-    wanted = settings.pool_size + 1
+    wanted = settings.pool_size + 1 + (2 if settings.smtp_url else 0)  # the clean-up has one, and the courier two
     if row["connections"] < 2 * wanted:
         text = f"PostgreSQL lets {row['connections']} connections in, and each server takes {wanted}"
         cure = f"raise max_connections, or lower {option_of('pool_size')}: two servers stand side by side in a rollout"

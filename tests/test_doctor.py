@@ -350,6 +350,8 @@ async def test_a_neglected_server(neglected_url: str, keys_file: Path) -> None:
     told = text_of(found, "operation")
     assert "lets 10 connections in, and each server takes 9" in told
     assert "autovacuum is off" in told
+    found = await findings(neglected_url, keys_file, smtp_url="smtp://127.0.0.1:1", mail_from="no-reply@example.com")
+    assert "each server takes 11" in text_of(found, "operation")
     with psycopg.connect(neglected_url, autocommit=True) as connection:
         try:
             connection.execute("alter system set synchronous_standby_names = 'nosuch'")
