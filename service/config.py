@@ -574,7 +574,9 @@ class Settings(BaseSettings):
         100_000,
         group="Running",
     )
-    pool_size: Number = _whole(8, "Connections to the database for calls. The clean-up has one more, and mail two.", 1, 100, group="Running")
+    pool_size: Number = _whole(
+        8, "Connections to the database for calls. The clean-up has one more, and mail two.", 1, 100, group="Running"
+    )
     share_port: bool = _setting(
         False,  # noqa: FBT003 - the default of a field
         "Let other servers on this machine serve at the same address, one a processor. Each needs a --metrics-listen of"
