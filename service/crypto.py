@@ -329,8 +329,7 @@ def new_email_token() -> str:
 
     The time is no secret, and nothing is decided by it: for tokens that are made together to be stored together.
     """
-    made = time.time_ns() // 1_000_000
-    return _encode(secrets.token_bytes(_EMAIL_TOKEN_BYTES) + made.to_bytes(_EMAIL_TOKEN_TIME_BYTES, "big"))
+    return _encode(secrets.token_bytes(_EMAIL_TOKEN_BYTES) + _milliseconds().to_bytes(_EMAIL_TOKEN_TIME_BYTES, "big"))
 
 
 def new_row_id() -> uuid.UUID:
@@ -339,8 +338,13 @@ def new_row_id() -> uuid.UUID:
     It is unique and no secret. Ids that are made together stand together in an index, so that an insert into a large
     table touches a page less that nobody else does.
     """
-    moment, random = time.time_ns() // 1_000_000, secrets.randbits(74)
+    moment, random = _milliseconds(), secrets.randbits(74)
     return uuid.UUID(int=moment << 80 | 7 << 76 | random >> 62 << 64 | 0b10 << 62 | random & (1 << 62) - 1)
+
+
+def _milliseconds() -> int:
+    """Return those since 1970 by this host's clock: for what is made together to stand together, and nothing else."""
+    return time.time_ns() // 1_000_000
 
 
 def new_code(length: int) -> str:

@@ -32,7 +32,7 @@ from psycopg.rows import DictRow
 
 from service.cleanup import sweep_all
 from service.config import Settings
-from service.crypto import new_row_id
+from service.crypto import new_email_token, new_row_id
 from service.db import load_queries
 
 SERVICE: Final = Path(__file__).parent.parent / "service"
@@ -398,7 +398,10 @@ def test_no_decision_is_made_by_the_clock_of_the_service() -> None:
     asking = re.compile(r"\btime\.time\(|\bdatetime\.(?:now|utcnow|today|fromtimestamp)\(|\bdate\.today\(|\btime_ns\(")
     found = {path.stem for path in SERVICE.glob("*.py") if asking.search(path.read_text("utf-8"))}
     assert found <= {"logs", "cli", "crypto", "reload", "doctor"}
-    # Of `crypto`, only the part on certificates, and the ids of rows, of which nothing asks for the time.
+    # Of `crypto`, only the part on certificates, and new ids and tokens, of which nothing asks for the time.
     other = (SERVICE / "crypto.py").read_text("utf-8").partition("# Certificates")[0]
     assert asking.findall(other) == ["time_ns("]
-    assert "time.time_ns()" in inspect.getsource(new_row_id)
+    makers = [inspect.getsource(make) for make in (new_row_id, new_email_token)]
+    assert [maker.count("_milliseconds()") for maker in makers] == [1, 1]
+    # And where it is asked for itself.
+    assert other.count("_milliseconds()") == len(makers) + 1
