@@ -8,6 +8,7 @@ import contextlib
 import gc
 import logging
 import signal
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,6 +17,7 @@ from typing import Any, Final
 import grpc
 import grpc.aio
 import psycopg
+from grpc._cython import cygrpc  # type: ignore[attr-defined] # it ships no types, here and below
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 from onetime.v1 import (
@@ -87,6 +89,10 @@ SERVER_OPTIONS: Final = (
     ("grpc.http2.min_ping_interval_without_data_ms", 20_000),  # clients may ping as often
     ("grpc.http2.max_ping_strikes", 2),
 )
+
+AHEAD: Final = 64
+"""Calls that are waited for at once. gRPC would wait for one, and for the next only when that has come: each is then a
+trip to gRPC's thread and back, which has to be woken for it."""
 
 AGE_GRACE_S: Final = 1.0
 """What a connection that is too old has beyond `call_timeout`: every unary call on it ends in that time."""
@@ -211,6 +217,7 @@ async def _start_server(
     Raises:
         StartError: An address is taken.
     """
+    cygrpc.AioServer = _Core  # there is no other way in
     server = grpc.aio.server(
         interceptors=interceptors.build(
             callers=files.callers,
@@ -225,8 +232,6 @@ async def _start_server(
             ("grpc.so_reuseport", int(settings.share_port)),
         ),
     )
-    # Otherwise gRPC waits for the next call of each method, and at every call goes through all of these waits.
-    server.add_registered_method_handlers = lambda *_: None  # type: ignore[method-assign]
     for add, servicer in servicers:
         add(servicer, server)
     # So that grpcurl needs no protos. Callers are identified before it answers.
@@ -243,6 +248,37 @@ async def _start_server(
         if getattr(task.get_coro(), "__qualname__", "").endswith("._server_main_loop")
     )
     return server, accepting
+
+
+class _Core(cygrpc.AioServer):  # type: ignore[misc]
+    """What serves in grpc.aio.Server, waiting for many calls at once. A class because gRPC's is one (grpcio 1.85.1)."""
+
+    def __init__(self, *arguments: Any) -> None:  # noqa: ANN401 - they are gRPC's
+        """Take what gRPC's takes."""
+        super().__init__(*arguments)
+        self._coming: deque[asyncio.Task[Any]] = deque()
+
+    def add_registered_method_handlers(self, _: object) -> None:
+        """Register none: otherwise gRPC waits for each method's next call, and at every call goes through all waits."""
+
+    def _make_request_call_future(self, method: bytes | None) -> asyncio.Task[Any]:
+        """Return what ends with the next call: gRPC gives calls to those who wait in the order in which they asked."""
+        while len(self._coming) < AHEAD:
+            call = super()._make_request_call_future(method)
+            call.add_done_callback(_heard)
+            self._coming.append(call)
+        return self._coming.popleft()
+
+    async def _start_shutting_down(self) -> None:
+        """Let go of calls that have come and are not taken up: kept, they would neither end nor let the server end."""
+        self._coming.clear()
+        await super()._start_shutting_down()
+
+
+def _heard(call: asyncio.Task[Any]) -> None:
+    """Take note of how a wait has ended: at the end of the server with an error, of which asyncio would warn."""
+    if not call.cancelled():
+        call.exception()
 
 
 async def _ended_before(task: asyncio.Task[Any], event: asyncio.Event) -> bool:

@@ -1,23 +1,34 @@
-"""The start: what a database must be before it is served from."""
+"""The start, what a database must be before it is served from, and how calls are taken up."""
 
 import asyncio
+import gc
 import re
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
+import grpc
+import grpc.aio
 import psycopg
 import pytest
 from calls import Client, reason
 from conftest import OnetimeServer, Serve, clean_environment, free_port
+from grpc._cython import cygrpc  # type: ignore[attr-defined] # it ships no types
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from onetime.v1 import email_verification_pb2 as ev
 from psycopg import sql
 
+from service.app import AHEAD, Files, _start_server
+from service.config import Settings
+from service.crypto import Keyring, new_key
 from service.db import Database
 from service.devdb import embedded_postgres
+
+TIMEOUT_S = 20.0
 
 GRANTS = (
     "grant usage on schema auth, onetime to {role}",
@@ -179,3 +190,62 @@ def test_a_database_that_is_not_there_is_told(keys_file: Path) -> None:
 def test_a_database_that_is_not_migrated_is_told(database_url: str, keys_file: Path) -> None:
     """Without the right to migrate, the service says what helps."""
     assert "`onetime migrate` helps" in refused(database_url, keys_file)
+
+
+# How calls are taken up
+
+
+BURST = 20
+LONG_S = 60.0
+"""Longer than any of these tests takes."""
+
+
+@pytest.fixture
+async def taker(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> AsyncIterator[tuple[grpc.aio.Server, str]]:
+    """A server as `onetime serve` has it, in this process, with health alone, and its address."""
+    monkeypatch.setattr(cygrpc, "AioServer", cygrpc.AioServer)  # what it is afterwards
+    settings = Settings(listen=f"127.0.0.1:{free_port()}")
+    files = Files(Keyring([new_key()]), None, None, [])
+    servicers = [(health_pb2_grpc.add_HealthServicer_to_server, health.aio.HealthServicer())]
+    server, accepting = await _start_server(settings, files, servicers)
+    yield server, settings.listen
+    await server.stop(0)
+    assert accepting.done()
+    await asyncio.sleep(0)
+    gc.collect()
+    assert not caplog.records  # asyncio's, of waits that ended with an error which nobody looked at
+
+
+def waits() -> int:
+    """Return how many calls are waited for."""
+    names = [getattr(task.get_coro(), "__qualname__", "") for task in asyncio.all_tasks()]
+    return sum(name.endswith("._request_call") for name in names)
+
+
+async def test_many_calls_are_waited_for_at_once(taker: tuple[grpc.aio.Server, str]) -> None:
+    """And as many again once some have come."""
+    _, address = taker
+    await asyncio.sleep(0)
+    assert waits() == AHEAD
+    async with grpc.aio.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
+        check = health_pb2_grpc.HealthStub(channel).Check  # type: ignore[attr-defined] # its stubs leave it out
+        request = health_pb2.HealthCheckRequest()
+        await asyncio.gather(*(check(request, timeout=TIMEOUT_S) for _ in range(2 * AHEAD)))
+    assert waits() == AHEAD
+
+
+async def test_calls_that_come_at_the_stop_do_not_hold_it_up(taker: tuple[grpc.aio.Server, str]) -> None:
+    """What gRPC has handed over and nobody has taken up ends at once, and not with the grace."""
+    server, address = taker
+    # A client with threads of its own: the event loop is kept from taking anything up.
+    with grpc.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
+        check = health_pb2_grpc.HealthStub(channel).Check  # type: ignore[attr-defined] # as above
+        request = health_pb2.HealthCheckRequest()
+        await asyncio.to_thread(check, request, timeout=TIMEOUT_S)
+        calls = [check.future(request, timeout=TIMEOUT_S) for _ in range(AHEAD // 2)]
+        time.sleep(0.5)  # noqa: ASYNC251 - which is the point
+        await asyncio.wait_for(server.stop(10 * TIMEOUT_S), TIMEOUT_S / 2)
+        ends = {await asyncio.to_thread(call.code) for call in calls}
+    assert ends <= {grpc.StatusCode.OK, grpc.StatusCode.CANCELLED, grpc.StatusCode.UNAVAILABLE}
