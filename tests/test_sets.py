@@ -227,6 +227,25 @@ async def test_calls_that_come_meanwhile_go_together(desk: Desk) -> None:
     assert await ends(*calls) == [f"{name} done" for name in "bcde"]
 
 
+async def test_a_set_begins_when_it_has_enough(desk: Desk) -> None:
+    """Where one call comes after the other, and it is never quiet, a set does not wait for all of them."""
+    first = await desk.busy()
+    calls = [desk.call(str(number)) for number in range(2)]
+    await desk.none()
+    first.answer()
+    for number in range(2, 2 * sets.ENOUGH):
+        calls.append(desk.call(str(number)))
+        await asyncio.sleep(0)
+    second = await desk.next()
+    assert sets.ENOUGH <= len(second.names) < sets.ENOUGH + 4  # a call takes some turns until it is in the queue
+    await desk.none()
+    second.answer()
+    third = await desk.next()
+    assert second.names + third.names == [str(number) for number in range(2 * sets.ENOUGH)]
+    third.answer()
+    assert await ends(*calls) == [f"{number} done" for number in range(2 * sets.ENOUGH)]
+
+
 async def test_no_set_is_larger_than_the_largest() -> None:
     """What does not fit goes in the sets after the next one, in its order."""
     desk = Desk(largest=3)
