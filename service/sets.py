@@ -3,7 +3,7 @@
 The costly part of a call is its trip to the database and its commit, and both cost nearly the same for many calls as
 for one. So calls that arrive while a set is under way wait for it, and go together in the next one. Who comes when
 nothing is under way goes at once: there is no timer, and a lone caller waits for nobody. A busy event loop first takes
-in the calls that have arrived already.
+in the calls that have arrived already, until they are enough.
 
     calls   a b c d e f
     sets    [a]  [b c d]  [e f]        time ->
