@@ -217,7 +217,7 @@ async def _start_server(
     Raises:
         StartError: An address is taken.
     """
-    cygrpc.AioServer = _Core  # there is no other way in
+    cygrpc.AioServer = _AioServer  # there is no other way in
     server = grpc.aio.server(
         interceptors=interceptors.build(
             callers=files.callers,
@@ -250,7 +250,7 @@ async def _start_server(
     return server, accepting
 
 
-class _Core(cygrpc.AioServer):  # type: ignore[misc]
+class _AioServer(cygrpc.AioServer):  # type: ignore[misc]
     """What serves in grpc.aio.Server, waiting for many calls at once. A class because gRPC's is one (grpcio 1.85.1)."""
 
     def __init__(self, *arguments: Any) -> None:  # noqa: ANN401 - they are gRPC's

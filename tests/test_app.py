@@ -29,6 +29,7 @@ from service.db import Database
 from service.devdb import embedded_postgres
 
 TIMEOUT_S = 20.0
+"""For a call, and a multiple of what a stop takes."""
 
 GRANTS = (
     "grant usage on schema auth, onetime to {role}",
@@ -193,11 +194,6 @@ def test_a_database_that_is_not_migrated_is_told(database_url: str, keys_file: P
 
 
 # How calls are taken up
-
-
-BURST = 20
-LONG_S = 60.0
-"""Longer than any of these tests takes."""
 
 
 @pytest.fixture
