@@ -217,13 +217,14 @@ def about_calls(result: Cell, pictures: Path) -> str:
         ]
         (pictures / f"calls-{figure}.svg").write_text(picture(panels, "callers", unit), "utf-8")
 
-    def row(rpc: str, count: int) -> list[str]:
-        def beside(kind: str) -> Spread | None:
-            of, to = ({"rpc": rpc, "callers": count, "kind": each} for each in (FULL, kind))
-            return ratios(cells, of, to, "throughput")
+    def beside(rpc: str, count: int, kind: str, what: str) -> Spread | None:
+        of, to = ({"rpc": rpc, "callers": count, "kind": each} for each in (FULL, kind))
+        return ratios(cells, of, to, what)
 
+    def row(rpc: str, count: int) -> list[str]:
         full = spread(cells, "throughput", rpc=rpc, callers=count, kind=FULL)
-        return [rpc, str(count), str(full), *(shown(beside(kind)) for kind in (EMPTY, SINGLE, PGBENCH))]
+        others = (beside(rpc, count, kind, "throughput") for kind in (EMPTY, SINGLE, PGBENCH))
+        return [rpc, str(count), str(full), *map(shown, others)]
 
     def times(rpc: str, count: int) -> list[str]:
         columns = [
@@ -233,7 +234,7 @@ def about_calls(result: Cell, pictures: Path) -> str:
             )
             for kind in kinds
         ]
-        return [rpc, str(count), *columns]
+        return [rpc, str(count), *columns, shown(beside(rpc, count, SINGLE, "p50"))]
 
     pairs = [(rpc, count) for rpc in rpcs for count in callers]
     header = ["rpc", "callers", "calls/s", "of an empty rpc", "times one transaction each", "times pgbench"]
@@ -260,10 +261,11 @@ calls gains more than all of our own work costs.
 
 Time of a call in milliseconds, p50 / p95 / p99, medians of the rounds:
 
-{table(["rpc", "callers", *kinds], [times(*pair) for pair in pairs])}
+{table(["rpc", "callers", *kinds, "ratio of p50"], [times(*pair) for pair in pairs])}
 
 In a closed loop, time is callers over throughput: where throughput no longer rises with the callers, only the
-waiting does. The p99 is for a service level; the p50 of one caller is what a call costs on an idle server.
+waiting does. The p99 is for a service level; the p50 of one caller is what a call costs on an idle server. The
+ratio is that of p50 to the p50 of one transaction each, in the runs of one round.
 
 ![p99 by callers](benchmarks/calls-p99.svg)
 
@@ -282,15 +284,16 @@ def about_overload(result: Cell, pictures: Path) -> str:
     for level in levels:
         mine = matching(cells, callers=level)
         of_peak = Spread.of([cell["throughput"] / peaks[cell["round"]] for cell in mine])
-        refused = spread(mine, "refused")
-        ended = [spread(mine, name) for name in ("refused_p50", "refused_p99")] if refused.most else []
+        # A round in which nobody was refused has no such times.
+        refusing = [cell for cell in mine if cell["refused"]]
+        ended = [spread(refusing, name) for name in ("refused_p50", "refused_p99")] if refusing else []
         rows.append(
             [
                 str(level),
                 str(spread(mine, "throughput")),
                 str(of_peak),
                 *(number(spread(mine, name).median) for name in ("p50", "p99")),
-                number(refused.median),
+                number(spread(mine, "refused").median),
                 " / ".join(number(each.median) for each in ended) or "-",
             ]
         )
@@ -309,8 +312,8 @@ refused waits as long as RetryInfo says and up to a tenth longer, and comes agai
 {table(header, rows)}
 
 The peak is the best throughput of the round. Times are of single tries: those that were admitted, and those that
-were refused. What is beyond the limit is refused as soon as it is taken up. But gRPC hands calls over one at a
-time: of more than the server keeps up with, most wait in gRPC, where nobody refuses them before they are
+were refused. What is beyond the limit is refused as soon as it is taken up. But the server takes calls up about as
+fast as it answers them: of more than it keeps up with, most wait in gRPC, where nobody refuses them before they are
 {GRPC_QUEUE:,}, and their time grows with their number.{failures(cells)}
 
 ![Overload](benchmarks/overload.svg)
