@@ -717,8 +717,8 @@ def steps(section: str, plan: Plan) -> int:
 # The machine
 
 
-def machine(url: str, folder: Path) -> Result:
-    """Describe what was measured on: nothing that names it."""
+def machine(url: str, folder: Path, commit: str) -> Result:
+    """Describe what was measured, and on what: nothing that names it."""
     with psycopg.connect(url, autocommit=True) as connection:
         names = [*POSTGRES, "fsync", "synchronous_commit", "full_page_writes", "wal_level", "autovacuum"]
         query = "select current_setting('server_version'), array(select n || ' = ' || current_setting(n)"
@@ -728,7 +728,7 @@ def machine(url: str, folder: Path) -> Result:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "at": datetime.now(UTC).isoformat(timespec="minutes"),
-        "commit": _commit(),
+        "commit": commit,
         "cores": cores,
         "processor": _processor(),
         "memory": MEMORY,
@@ -777,6 +777,7 @@ def run(plan: Plan, sections: Sequence[str], output: Path) -> None:
     """Measure sections, and write each down as soon as it is there; what was known of the others is kept."""
     path = output / "benchmarks" / "results.json"
     path.parent.mkdir(parents=True, exist_ok=True)
+    commit = _commit()  # before anything is written, which may lie in the repository
     build_load()
     ring = Keyring([new_key()])
     keys = plan.folder / "keys"
@@ -785,7 +786,7 @@ def run(plan: Plan, sections: Sequence[str], output: Path) -> None:
     with embedded_postgres(plan.folder / "data", settings=POSTGRES) as url:
         migrate(url)
         for section in sections:
-            described = machine(url, plan.folder)
+            described = machine(url, plan.folder, commit)
             begin = time.monotonic()
             with _progress(section, steps(section, plan)) as tell:
                 result = SECTIONS[section](Bench(plan, url, ring, tell))
