@@ -43,8 +43,8 @@ LARGEST: Final = 128
 
 QUIET_TURNS: Final = 32
 """Turns of the event loop without a further call, after which a set begins. They take some 200 microseconds when there
-is nothing to do. gRPC hands calls over one by one, each in several steps, with turns between them in which
-nothing is seen: with no such wait the sets of 64 callers had 4 elements."""
+is nothing to do. A call comes in several steps, with turns between them in which nothing is seen: with no such wait the
+sets of 64 callers had 4 elements."""
 
 ENOUGH: Final = 24
 """Calls with which a set begins at once. The event loop takes in the next ones while PostgreSQL decides these: by 64
