@@ -55,8 +55,9 @@ SLOW_S: Final = 0.1
 
 
 LATE_S: Final = 0.9
-"""Who has waited for so long when the set fails is told so, and not decided anew: to wait once more, for a connection
-and then for a lock, might take longer than a call may. Cut off in its middle, it would end in doubt."""
+"""Who has waited for so long when the set fails is told so, and not decided anew as the others are: to wait once more,
+for a connection and then for a lock, might take longer than a call may. Cut off in its middle, it would end in doubt.
+"""
 
 
 class Skipped(Exception):
@@ -220,12 +221,7 @@ class Sets(Generic[Element, Result]):
         if not passed:
             slow.cancel()
             self._prompt = False
-        self._gather()
-
-    async def _alone(self, waiting: _Waiting[Element, Result]) -> None:
-        """Decide one that had to be left out of its set. It holds up nobody but those who are about the same."""
-        await self._settle([waiting])
-        self._begin()
+            self._gather()
 
     async def _settle(self, chosen: Sequence[_Waiting[Element, Result]]) -> None:
         """Decide a set, and tell each call what became of it."""
@@ -234,27 +230,39 @@ class Sets(Generic[Element, Result]):
         try:
             outcomes = await self._decide([waiting.element for waiting in chosen])
         except Exception as error:  # noqa: BLE001 - it is raised again, where the calls wait
-            late = time.monotonic() - chosen[0].since > LATE_S
-            whole = isinstance(error, OnetimeError) and (late or not isinstance(error, StatementFailed))
-            if len(chosen) > 1 and not whole:
-                # One of them is at fault, and the others must not suffer from it.
-                middle = len(chosen) // 2
-                for half in (chosen[:middle], chosen[middle:]):
-                    if len(half) == 1:
-                        self._start(self._alone(half[0]))
-                    else:
-                        await self._settle(half)
+            if len(chosen) > 1 and (isinstance(error, StatementFailed) or not isinstance(error, OnetimeError)):
+                await self._divide(chosen, error)
                 return
             outcomes = [error] if len(chosen) == 1 else [copy.copy(error) for _ in chosen]
         if len(outcomes) != len(chosen):
             # A bug of ours. Whoever waits must not wait for ever.
             outcomes = [InternalError() for _ in chosen]
+        self._tell(chosen, outcomes)
+
+    async def _divide(self, chosen: Sequence[_Waiting[Element, Result]], error: Exception) -> None:
+        """Decide a set that failed in halves: one of them is at fault, and the others must not suffer from it."""
+        known, now = isinstance(error, OnetimeError), time.monotonic()
+        late = [waiting for waiting in chosen if known and now - waiting.since > LATE_S]
+        self._tell(late, [copy.copy(error) for _ in late])
+        left = [waiting for waiting in chosen if waiting not in late]
+        middle = len(left) // 2
+        for half in (left[:middle], left[middle:]):
+            if len(half) == 1:
+                # It holds up nobody but those who are about the same.
+                self._start(self._settle(half))
+            elif half:
+                await self._settle(half)
+
+    def _tell(self, chosen: Sequence[_Waiting[Element, Result]], outcomes: Sequence[Outcome[Result]]) -> None:
+        """Tell calls what became of them; but those that were left out of their set go alone, where they may wait."""
         for waiting, outcome in zip(chosen, outcomes, strict=True):
             if isinstance(outcome, Skipped):
-                self._start(self._alone(waiting))
+                self._start(self._settle([waiting]))
                 continue
             self._in_use -= waiting.keys
             if isinstance(outcome, Exception):
                 waiting.lasting().set_exception(outcome)
             else:
                 waiting.lasting().set_result(outcome)
+        # Somebody may have waited for their keys only.
+        self._gather()

@@ -369,6 +369,48 @@ async def test_who_waited_long_is_not_decided_anew(desk: Desk, monkeypatch: pyte
     await desk.none()
 
 
+async def test_who_waited_long_fails_nobody_else(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where one call has waited long when its set fails, it is told; the others, who have not, are decided anew."""
+    monkeypatch.setattr(sets, "LATE_S", 0.3)
+    first = await desk.busy()
+    old = desk.call("old", "k")
+    await desk.none()
+    await asyncio.sleep(0.4)
+    calls = [desk.call(name) for name in "abcd"]
+    first.answer()
+    begun = await desk.next()
+    assert begun.names == ["old", "a", "b", "c", "d"]
+    begun.fail(StatementFailed())
+    again = desk.call("again", "k")
+    for names in (["a", "b"], ["c", "d"], ["again"]):
+        begun = await desk.next()
+        assert begun.names == names
+        begun.answer()
+    assert await ends(*calls, again) == ["a done", "b done", "c done", "d done", "again done"]
+    assert isinstance((await ends(old))[0], StatementFailed)
+    await desk.none()
+
+
+async def test_a_key_is_free_as_soon_as_its_call_is_decided(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a slow set is decided in halves, who waits for a key of the first one does not wait for the second one."""
+    first = await desk.busy()
+    calls = [desk.call("a", "k"), desk.call("b"), desk.call("c"), desk.call("d")]
+    await desk.none()
+    monkeypatch.setattr(sets, "SLOW_S", 0.0)
+    first.answer()
+    begun = await desk.next()
+    assert begun.names == ["a", "b", "c", "d"]
+    waiting = desk.call("again", "k")
+    begun.fail(StatementFailed())
+    (await desk.next()).answer()
+    await idle()
+    names = {tuple(begun.names): begun for begun in desk.begun[desk.seen :]}
+    assert set(names) == {("c", "d"), ("again",)}
+    for begun in names.values():
+        begun.answer()
+    assert await ends(*calls, waiting) == ["a done", "b done", "c done", "d done", "again done"]
+
+
 async def test_who_hangs_up_in_the_queue_is_dropped(desk: Desk) -> None:
     """A call that is cancelled before its set has begun is never decided, and there is nothing to record."""
     with nothing_lost(asyncio.get_running_loop()), unheard() as lines:
