@@ -8,13 +8,15 @@ on the budget of its user and type: an attempt is charged and committed *before*
 the code is right. Between the two no connection and no lock is held, since Argon2 is slow.
 """
 
+import asyncio
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from functools import partial
 from typing import Any, Final, TypeVar
+from weakref import WeakValueDictionary
 
 import grpc.aio
 from onetime.v1 import one_time_tokens_pb2 as pb
@@ -156,11 +158,9 @@ class OneTimeTokens(pb_grpc.OneTimeTokenServiceServicer):
         self._uses: Sets[_Link, pb.ConsumeTokenResponse] = Sets(
             "consume", self._consume_all, keys=lambda link: (link.token_hashes[0], *link.intent.keys)
         )
-        self._charges: Sets[_Guess, _Judged] = Sets(
-            "charge",
-            self._charge_all,
-            keys=lambda guess: ((guess.token_type, guess.user_id or guess.relates_to), *guess.intent.keys),
-        )
+        self._guessed: WeakValueDictionary[tuple[str, uuid.UUID | str | None], asyncio.Lock] = WeakValueDictionary()
+        """Held by the guess that is at the codes of a user or an address."""
+        self._charges: Sets[_Guess, _Judged] = Sets("charge", self._charge_all, keys=lambda guess: guess.intent.keys)
         self._rights: Sets[_Right, pb.ConsumeTokenResponse] = Sets(
             "settle", self._settle_all, keys=lambda right: (_spender(right.judged.row), *right.intent.keys)
         )
@@ -278,7 +278,7 @@ class OneTimeTokens(pb_grpc.OneTimeTokenServiceServicer):
             if row["expired"]:
                 raise TokenExpired
         else:
-            row = await self._database.protect(self._check_code(intent, credential))
+            row = await self._guess(credential, partial(self._check_code, intent, credential))
         return pb.CheckTokenResponse(token=self._token(row, row["failed_attempts"]))
 
     async def ConsumeToken(self, request: pb.ConsumeTokenRequest, context: Context) -> pb.ConsumeTokenResponse:
@@ -293,7 +293,25 @@ class OneTimeTokens(pb_grpc.OneTimeTokenServiceServicer):
         intent = Intent.of(self._ring, request, request_id)
         if isinstance(credential, _LinkCredential):
             return await self._uses.run(self._link(intent, credential))
-        return await self._database.protect(self._consume_code(intent, credential))
+        return await self._guess(credential, partial(self._consume_code, intent, credential))
+
+    async def _guess(self, credential: _CodeCredential, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Let work go on to its end, once no other guess of this process is at codes of the same user or address.
+
+        Who waits for that has no turn to hash yet: while somebody else holds the user's rows, many guesses at them take
+        no turns from other users' codes. A caller that hangs up meanwhile has guessed nothing.
+        """
+        subject = (credential.token_type, credential.user_id or credential.relates_to)
+        lock = self._guessed.setdefault(subject, asyncio.Lock())
+        await lock.acquire()
+
+        async def guess() -> T:
+            try:
+                return await work()
+            finally:
+                lock.release()
+
+        return await self._database.protect(guess())
 
     def _link(self, intent: Intent, credential: _LinkCredential) -> _Link:
         hashes = self._ring.link_hashes(credential.token_type, credential.secret)

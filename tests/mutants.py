@@ -392,6 +392,17 @@ MUTANTS: Final = (
         ("tests/test_sets.py::test_wrong_codes_for_one_user_in_one_set",),
     ),
     Mutant(
+        "guesses-at-one-user-take-all-turns",
+        "While somebody holds a user's rows, guesses at that user's code hold the turns to hash, and nobody else's code"
+        " is compared.",
+        "one_time_tokens.py",
+        (
+            ("        await lock.acquire()\n", "        del lock\n"),
+            ("                lock.release()\n", "                pass\n"),
+        ),
+        ("tests/test_overload.py::test_guesses_at_a_locked_user_take_no_turns_from_others",),
+    ),
+    Mutant(
         "locked-link-is-unknown",
         "A link whose row somebody else has locked is told to be unknown, although nobody knows yet.",
         "one_time_tokens.py",

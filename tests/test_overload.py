@@ -628,6 +628,26 @@ async def test_codes_beyond_the_queue_are_refused_at_once(serve: Serve, migrated
         assert (await client.consume(issued[ends.index("OVERLOADED")])).id == issued[ends.index("OVERLOADED")].token.id
 
 
+async def test_guesses_at_a_locked_user_take_no_turns_from_others(serve: Serve, migrated_url: str) -> None:
+    """Many guesses at one user's code wait for its rows, one after the other; meanwhile other users' are compared."""
+    async with serve(migrated_url) as server, server.channel() as channel:
+        client = Client(channel)
+        hot, *others = [await client.issue(digits=6) for _ in range(9)]
+        with (
+            connected(migrated_url) as observer,
+            connected(migrated_url) as holder,
+            holder.transaction(force_rollback=True),
+        ):
+            locked = "select from onetime.budgets where user_id = %s for update"
+            assert holder.execute(locked, [hot.token.user_id]).rowcount == 1
+            guesses = [asyncio.create_task(ended(client.consume(hot, wrong(hot.secret)))) for _ in range(100)]
+            waiting = "select from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'"
+            await until(lambda: observer.execute(waiting).rowcount > 0)
+            await asyncio.gather(*map(client.consume, others))
+            assert not all(guess.done() for guess in guesses)
+        assert {"OK", "OVERLOADED"}.isdisjoint(await asyncio.gather(*guesses))
+
+
 async def test_another_caller_is_served_while_one_wants_all(serve: Serve, migrated_url: str, tmp_path: Path) -> None:
     """One caller's codes are more than there is room for; another's next one is compared after one or two of them."""
     keys = {caller: new_api_key() for caller in ("greedy", "other")}
@@ -657,8 +677,8 @@ async def test_another_caller_is_served_while_one_wants_all(serve: Serve, migrat
 
         async with channel("greedy") as one, channel("other") as two:
             greedy, other = Client(one), Client(two)
-            issued, mine = [await greedy.issue(digits=6) for _ in range(3)], await other.issue(digits=6)
-            calls = [asyncio.ensure_future(ended(greedy.consume(each))) for each in issued * 10]
+            issued, mine = [await greedy.issue(digits=6) for _ in range(25)], await other.issue(digits=6)
+            calls = [asyncio.ensure_future(ended(greedy.consume(each))) for each in issued]
             await until(lambda: sum(call.done() for call in calls) >= 15)
             await other.consume(mine)
             assert not all(call.done() for call in calls)
