@@ -579,8 +579,8 @@ class Settings(BaseSettings):
     )
     share_port: bool = _setting(
         False,  # noqa: FBT003 - the default of a field
-        "Let other servers on this machine serve at the same address, one a processor. Each needs a --metrics-listen of"
-        " its own.",
+        "Let other servers on this machine serve at the same address, one a processor. Each needs a --metrics-listen"
+        " and a --health-listen of its own.",
         right="true or false",
         group="Running",
     )

@@ -12,8 +12,9 @@ What makes that safe:
 
 - A set is decided in one transaction, element by element: what is refused to one is nothing to its neighbours.
 - Two calls that may be about the same thing, by their keys, are never in one set, nor in two that overlap.
-- A row that somebody else has locked is passed over, and its call goes alone, where it may wait.
-- A set that fails as a whole is done again in halves, until the culprit is alone.
+- A row that somebody else has locked is passed over where a statement can, and its call goes alone, where it may wait.
+- A set that fails as a whole is done again in halves, until the culprit is alone. One whose statement cannot pass a
+  locked row over fails so, when it has waited a little.
 - A call that hangs up before its set has begun is dropped, and nothing happens. From then on it is decided whole.
 - A set that takes long does not hold up those behind it.
 
