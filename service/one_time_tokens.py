@@ -51,6 +51,7 @@ from service.errors import (
     CodeMismatch,
     DatabaseUnavailable,
     OutcomeUnknown,
+    Overloaded,
     TokenExpired,
     TokenNotFound,
     UserNotFound,
@@ -386,7 +387,7 @@ class OneTimeTokens(pb_grpc.OneTimeTokenServiceServicer):
             return await self._rights.run(right)
         except DatabaseUnavailable:
             with suppress(DatabaseUnavailable, OutcomeUnknown):
-                await self._database.commit(*self._undo(right.intent, right.judged))
+                await self._undo(right.intent, right.judged)
             raise
 
     async def _settle_all(self, rights: Sequence[_Right]) -> Sequence[Outcome[pb.ConsumeTokenResponse]]:
@@ -473,7 +474,7 @@ class OneTimeTokens(pb_grpc.OneTimeTokenServiceServicer):
                 right = await self._run(match, run) if is_slow(row["token_hash"]) else match()
             except Exception as error:
                 # There is no verdict, so there was no guess.
-                await self._database.commit(*self._undo(intent, judged))
+                await self._undo(intent, judged)
                 if isinstance(error, KeyError):
                     # The token's key has been retired.
                     raise TokenNotFound from error
@@ -481,8 +482,7 @@ class OneTimeTokens(pb_grpc.OneTimeTokenServiceServicer):
         if right:
             return judged
         mismatch = CodeMismatch(max(self._settings.max_attempts - row["failed_attempts"] - 1, 0))
-        if intent.request_id:
-            await self._database.commit(*settle((intent, row["id"], mismatch)))
+        await self._answer(intent, judged, mismatch)
         raise mismatch
 
     async def _run(self, work: Callable[[], T], run: Run | None) -> T:
@@ -564,15 +564,47 @@ class OneTimeTokens(pb_grpc.OneTimeTokenServiceServicer):
         # Its own attempt is among those that were counted.
         return _Judged({**row, "failed_attempts": row["failed_attempts"] - 1}, earlier.charged_at, retried=True)
 
-    def _undo(self, intent: Intent, judged: _Judged) -> list[tuple[str, Params]]:
-        """Return the statements that forget a call which came to no verdict. One charge is given back once."""
+    async def _answer(self, intent: Intent, judged: _Judged, mismatch: CodeMismatch) -> None:
+        """Keep a verdict for retries.
+
+        Raises:
+            Overloaded: This was a retry, and its first try has given up meanwhile and taken the charge back: a verdict
+                would be a free guess.
+        """
+        statements = settle((intent, judged.row["id"], mismatch))
         if judged.retried:
-            return []
-        return [
+            if not await self._database.run(partial(self._commit_if_pending, intent, judged, statements)):
+                raise Overloaded
+        elif statements:
+            await self._database.commit(*statements)
+
+    async def _undo(self, intent: Intent, judged: _Judged) -> None:
+        """Forget a call that came to no verdict, and give its charge back: once, and unless another try came to one."""
+        if judged.retried:
+            return
+        statements = [
             *drop(intent),  # receipts are locked before budgets, and budgets before tokens
             budgets.forget((_spender(judged.row), judged.charged_at)),
             (_QUERIES["refund_codes"], _code_params(judged.row)),
         ]
+        with suppress(CodeMismatch):
+            await self._database.run(partial(self._commit_if_pending, intent, judged, statements))
+
+    async def _commit_if_pending(
+        self, intent: Intent, judged: _Judged, statements: Sequence[tuple[str, Params]], transaction: Transaction
+    ) -> bool:
+        """Commit statements if no try of a call has come to a verdict on the charge that they share, and tell whether.
+
+        Raises:
+            CodeMismatch: That was the verdict.
+        """
+        if intent.request_id:
+            (receipt,), _ = await claim(transaction, [intent])
+            earlier = intent.earlier(receipt)
+            if earlier is None or earlier.charged_at != judged.charged_at:
+                return False
+        await transaction.commit(*statements)
+        return True
 
     async def RevokeTokens(self, request: pb.RevokeTokensRequest, context: Context) -> pb.RevokeTokensResponse:
         """Make a user's tokens worthless."""

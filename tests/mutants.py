@@ -403,6 +403,13 @@ MUTANTS: Final = (
         ("tests/test_overload.py::test_guesses_at_a_locked_user_take_no_turns_from_others",),
     ),
     Mutant(
+        "verdict-told-and-given-back",
+        "A try of a call that gets no verdict takes back the charge for the verdict that another try of it was told.",
+        "one_time_tokens.py",
+        (("if earlier is None or earlier.charged_at != judged.charged_at:", "if False:"),),
+        ("tests/test_one_time_tokens.py::test_a_verdict_is_charged_though_another_try_came_to_none[second]",),
+    ),
+    Mutant(
         "locked-link-is-unknown",
         "A link whose row somebody else has locked is told to be unknown, although nobody knows yet.",
         "one_time_tokens.py",

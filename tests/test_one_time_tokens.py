@@ -673,6 +673,62 @@ async def test_want_of_memory_is_no_wrong_code(serve: Serve, migrated_url: str, 
         assert (await client.consume(issued)).attempts_remaining == 2
 
 
+@pytest.mark.parametrize("late", ["first", "second"])
+async def test_a_verdict_is_charged_though_another_try_came_to_none(
+    serve: Serve, migrated_url: str, database: Database, late: str
+) -> None:
+    """Of two tries of one call on two servers the first, which was charged, gets no memory, and gives its charge back.
+
+    But not if the second one has told by then that the code is wrong; and if it has not, it does not tell any more.
+    """
+    settings = {"argon2_threads": 1, "call_timeout": "60s", "drain_delay": "0s"}
+    async with (
+        serve(migrated_url, **settings) as poor,
+        serve(migrated_url, **settings) as rich,
+        poor.channel() as poor_channel,
+        rich.channel() as rich_channel,
+    ):
+        first, second = Client(poor_channel), Client(rich_channel)
+        issued, *busy = [await first.issue(digits=6) for _ in range(3)]
+        change = "update auth.one_time_tokens set token_hash = replace(token_hash, %s, %s) where id = %s"
+        database.execute(change, ["m=64,", "m=262144,", issued.token.id])
+        # A thread is busy with one code for some seconds, and so the next one is charged, and waits to be compared.
+        for number, each in enumerate(busy):
+            database.execute(change, ["t=1,", f"t={40_000 * (number + 1)},", each.token.id])
+        request_id, code = new_id(), wrong(issued.secret)
+
+        def attempts(each: pb.IssueTokenResponse) -> int:
+            return int(token_row(database, each)["failed_attempts"])
+
+        async def behind(client: Client, each: pb.IssueTokenResponse) -> tuple[asyncio.Task[str], asyncio.Task[str]]:
+            working = asyncio.create_task(ended(client.consume(each)))
+            await until(lambda: attempts(each) == 1)
+            return working, asyncio.create_task(reason(client.consume(issued, code, request_id=request_id)))
+
+        with memory_limited(poor.process.pid, 128):
+            working, one = await behind(first, busy[0])
+            await until(lambda: attempts(issued) == 1)
+            if late == "first":
+                assert await reason(second.consume(issued, code, request_id=request_id)) == "CODE_MISMATCH"
+                assert not working.done()
+                assert await one == "OVERLOADED"
+            else:
+                longer, other = await behind(second, busy[1])
+                # It leaves no trace where it finds the charge of the first one; both threads are busy for longer.
+                await asyncio.sleep(0.5)
+                assert not working.done()
+                assert await one == "OVERLOADED"
+                assert not longer.done()
+                assert await other == "OVERLOADED"
+        (budget,) = database.execute(
+            "select cardinality(failures) as failures from onetime.budgets where user_id = %s", [issued.token.user_id]
+        ).fetchall()
+        charged = 1 if late == "first" else 0
+        assert (attempts(issued), budget["failures"]) == (charged, charged)
+        assert await reason(second.consume(issued, code, request_id=request_id)) == "CODE_MISMATCH"
+        assert attempts(issued) == 1
+
+
 @pytest.mark.parametrize("how", ["check", "consume"])
 async def test_a_failure_after_the_right_code_costs_nothing(client: Client, database: Database, how: str) -> None:
     """Where the code was right, and the database fails before anything comes of it, the charge is given back."""
