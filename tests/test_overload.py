@@ -648,6 +648,27 @@ async def test_guesses_at_a_locked_user_take_no_turns_from_others(serve: Serve, 
         assert {"OK", "OVERLOADED"}.isdisjoint(await asyncio.gather(*guesses))
 
 
+async def test_who_hangs_up_behind_another_guess_has_guessed_nothing(serve: Serve, migrated_url: str) -> None:
+    """Of many guesses at one user's code whose callers hang up, only the one that is at the rows is charged."""
+    async with serve(migrated_url, call_timeout="60s") as server, server.channel() as channel:
+        client = Client(channel)
+        issued = await client.issue(digits=6)
+        with (
+            connected(migrated_url) as observer,
+            connected(migrated_url) as holder,
+            holder.transaction(force_rollback=True),
+        ):
+            locked = "select from onetime.budgets where user_id = %s for update"
+            assert holder.execute(locked, [issued.token.user_id]).rowcount == 1
+            guesses = [asyncio.create_task(ended(client.consume(issued, wrong(issued.secret)))) for _ in range(20)]
+            waiting = "select from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'"
+            await until(lambda: observer.execute(waiting).rowcount > 0)
+            for guess in guesses:
+                guess.cancel()
+            await client.issue()  # by then the server has heard of it
+        assert (await client.consume(issued)).attempts_remaining >= 4
+
+
 async def test_another_caller_is_served_while_one_wants_all(serve: Serve, migrated_url: str, tmp_path: Path) -> None:
     """One caller's codes are more than there is room for; another's next one is compared after one or two of them."""
     keys = {caller: new_api_key() for caller in ("greedy", "other")}
