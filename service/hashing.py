@@ -5,9 +5,9 @@ of codes would take all memory. Callers share the places, and take turns: who co
 another's fifty.
 
 A code is charged before it is compared, and settled after that, each with trips to the database. So turns are given
-ahead of the threads, lest these wait for trips; and where many wait, a batch of turns at a time, so that their charges
-share one. For the same reason the threads go on with what is ready before they tell of what is done, a batch at a time:
-so it is settled together, and the event loop is not woken, and does not hold up the threads, for each code.
+ahead of the threads, lest these wait for trips, and last until all is settled. Where many codes wait, threads go on
+with what is ready, and tell of what is done when little is left: so it is settled together, and the next ones, whose
+turn it is then, are charged together; and the event loop is not woken, and does not hold up the threads, for each code.
 """
 
 import asyncio
@@ -28,9 +28,12 @@ from service.sets import Outcome, each
 
 T = TypeVar("T")
 
-BATCH: Final = 3
-"""Codes for each thread that go together. There are turns for two batches: while one is hashed, the other is settled
-and charged. The first code of a batch waits for the last one, so some 60 ms."""
+TURNS: Final = 12
+"""Turns for each thread. So many codes are charged at most: if the server dies, each has cost its user an attempt."""
+
+LEFT: Final = 2
+"""Codes for each thread that wait for it when those before are told of. They are hashed while these are settled, and
+the next ones charged. The first of those before has waited for the last one then: for some 200 ms at most."""
 
 
 class Run(Protocol):
@@ -62,9 +65,12 @@ class Hashing:
         """Hash in so many threads; let so many more wait."""
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="argon2")
         self._places = Places(threads + queue)
-        self._batch = BATCH * threads
+        self._most = TURNS * threads
+        self._left = LEFT * threads
         self._turns: Counter[str] = Counter()
         """How many were given and are not over, by caller."""
+        self._giving = False
+        """Whether the event loop is about to give turns."""
         self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
         """Who waits for a turn, by caller. The caller who is next stands first."""
         self._lock = threading.Lock()
@@ -74,12 +80,19 @@ class Hashing:
         self._done: list[tuple[_Job, Outcome[Any]]] = []
         """What the threads have done, and not told of yet."""
         self._idle = threads
+        self._queued = 0
+        """What no thread has taken yet, and may still."""
+        ARGON2_BUSY.set_function(lambda: threads - self._idle)
+        ARGON2_QUEUED.set_function(lambda: self._queued)
 
     @contextlib.asynccontextmanager
-    async def turn(self) -> AsyncIterator[Run]:
+    async def turn(self, *, behind: asyncio.Lock | None = None) -> AsyncIterator[Run]:
         """Wait for a turn to hash, and hold it: `async with hashing.turn() as run`.
 
         Whoever charges an attempt does it within: a refusal then costs nothing.
+
+        Args:
+            behind: Waited for before the turn, in a place of the queue, and held as long as the turn.
 
         Raises:
             Overloaded: At once. Every place is taken, or all of this caller's share.
@@ -101,47 +114,56 @@ class Hashing:
                 raise Overloaded from error
             return result
 
-        ARGON2_QUEUED.inc()
+        self._queue(1)
         try:
-            await self._wait(caller)
-            try:
-                yield run
-            finally:
-                if not any(job.begun for job in jobs):
-                    # Otherwise it is over when the work is, whether its caller has gone or not: a thread cannot be
-                    # stopped.
-                    self._end_turns(caller)
+            async with behind or contextlib.nullcontext():
+                await self._wait(caller)
+                try:
+                    yield run
+                finally:
+                    self._end_turn(caller)
         finally:
             if not any(job.begun for job in jobs):
-                ARGON2_QUEUED.dec()
+                self._queue(-1)
             self._places.give_back(caller)
+
+    def _queue(self, change: int) -> None:
+        with self._lock:
+            self._queued += change
 
     async def _wait(self, caller: str) -> None:
         turn = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(caller, deque()).append(turn)
-        self._give_turns()
+        self._give_turns_soon()
         try:
             await turn
         except asyncio.CancelledError:
             if not turn.cancelled():
                 # It was given in that moment.
-                self._end_turns(caller)
+                self._end_turn(caller)
             raise
 
-    def _end_turns(self, *callers: str) -> None:
-        for caller in callers:
-            self._turns[caller] -= 1
-            if not self._turns[caller]:
-                # Callers come and go; what is kept of them must not grow.
-                del self._turns[caller]
-        self._give_turns()
+    def _end_turn(self, caller: str) -> None:
+        self._turns[caller] -= 1
+        if not self._turns[caller]:
+            # Callers come and go; what is kept of them must not grow.
+            del self._turns[caller]
+        self._give_turns_soon()
+
+    def _give_turns_soon(self) -> None:
+        """Give turns when all that end in this turn of the event loop have ended."""
+        if not self._giving:
+            self._giving = True
+            asyncio.get_running_loop().call_soon(self._give_turns)
 
     def _give_turns(self) -> None:
-        """Give a turn to each caller who has none; and if there are few, further ones to callers in turn."""
+        """Give a turn to each caller who has none; and to all others, or to many at a time, of callers in turn."""
+        self._giving = False
         for caller in [caller for caller in self._waiting if not self._turns[caller]]:
             self._give_turn(caller)
-        if self._turns.total() <= self._batch:
-            while self._waiting and self._turns.total() < 2 * self._batch:
+        given = self._turns.total()
+        if given <= self._most // 2 or given + sum(map(len, self._waiting.values())) <= self._most:
+            while self._waiting and self._turns.total() < self._most:
                 self._give_turn(next(iter(self._waiting)))
 
     def _give_turn(self, caller: str) -> None:
@@ -185,34 +207,34 @@ class Hashing:
             # Last in line for the next thread.
             self._ready[caller] = jobs
         job.begun = True
+        self._queued -= 1
         return job
 
-    def _work(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Do what is ready, in a thread, until nothing is, and tell the event loop what has come of it.
+    def _is_to_be_told(self) -> bool:
+        """Tell whether little is left to do, or nothing of a caller's: its last job waits for nobody else's."""
+        if any(job.caller not in self._ready for job, _ in self._done):
+            return True
+        return len(self._done) >= self._left >= sum(map(len, self._ready.values()))
 
-        Of a caller's last job at once: it waits for nobody else's.
-        """
+    def _work(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Do what is ready, in a thread, until nothing is, and tell the event loop what has come of it."""
         while True:
             with self._lock:
-                done = self._done
-                if len(done) >= self._batch or any(job.caller not in self._ready for job, _ in done):
-                    self._done = []
-                else:
-                    done = []
+                done: list[tuple[_Job, Outcome[Any]]] = []
+                if self._is_to_be_told():
+                    done, self._done = self._done, done
                 job = self._take()
             if done:
                 loop.call_soon_threadsafe(self._tell, done)
             if job is None:
                 return
-            ARGON2_QUEUED.dec()
-            ARGON2_HASHES.inc()
-            with ARGON2_BUSY.track_inprogress():
-                (outcome,) = each(lambda work: work(), [job.work])
+            (outcome,) = each(lambda work: work(), [job.work])
             with self._lock:
                 self._done.append((job, outcome))
 
     def _tell(self, done: Sequence[tuple[_Job, Outcome[Any]]]) -> None:
         """Tell callers what has come of their work, those who are still there."""
+        ARGON2_HASHES.inc(len(done))
         for job, outcome in done:
             if job.outcome.cancelled():
                 continue
@@ -220,7 +242,6 @@ class Hashing:
                 job.outcome.set_exception(outcome)
             else:
                 job.outcome.set_result(outcome)
-        self._end_turns(*(job.caller for job, _ in done))
 
     def close(self) -> None:
         """End the threads, after what they are doing."""

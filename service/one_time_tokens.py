@@ -11,7 +11,7 @@ the code is right. Between the two no connection and no lock is held, since Argo
 import asyncio
 import uuid
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from functools import partial
@@ -296,21 +296,25 @@ class OneTimeTokens(pb_grpc.OneTimeTokenServiceServicer):
             return await self._uses.run(self._link(intent, credential))
         return await self._guess(credential, partial(self._consume_code, intent, credential))
 
-    async def _guess(self, credential: _CodeCredential, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """Let work go on to its end, once no other guess of this process is at codes of the same user or address.
+    async def _guess(self, credential: _CodeCredential, work: Callable[[Run | None], Coroutine[Any, Any, T]]) -> T:
+        """Let work go on to its end, with a turn to hash where codes are slow.
 
-        Who waits for that has no turn to hash yet: while somebody else holds the user's rows, many guesses at them take
-        no turns from other users' codes. A caller that hangs up meanwhile has guessed nothing.
+        Guesses at codes of the same user or address wait for each other before they have a turn: while somebody else
+        holds the user's rows, many guesses at them take no turns from other users' codes. A caller that hangs up before
+        its turn has guessed nothing.
+
+        Raises:
+            Overloaded: At once, and nothing was guessed.
         """
         subject = (credential.token_type, credential.user_id or credential.relates_to)
         lock = self._guessed.setdefault(subject, asyncio.Lock())
-        await lock.acquire()
+        async with AsyncExitStack() as stack:
+            run = await stack.enter_async_context(self._hashing.turn(behind=lock) if self._hasher.slow else lock)
+            held = stack.pop_all()
 
         async def guess() -> T:
-            try:
-                return await work()
-            finally:
-                lock.release()
+            async with held:
+                return await work(run)
 
         return await self._database.protect(guess())
 
@@ -370,13 +374,15 @@ class OneTimeTokens(pb_grpc.OneTimeTokenServiceServicer):
             await transaction.commit(*settle(*spent), *drop_refused(intents, receipts, outcomes))
         return outcomes
 
-    async def _check_code(self, intent: Intent, credential: _CodeCredential) -> Row:
-        judged = await self._compare(intent, credential)
+    async def _check_code(self, intent: Intent, credential: _CodeCredential, run: Run | None) -> Row:
+        judged = await self._compare(intent, credential, run)
         await self._settle_right(_Right(intent, judged, spend=False))
         return judged.row
 
-    async def _consume_code(self, intent: Intent, credential: _CodeCredential) -> pb.ConsumeTokenResponse:
-        judged = await self._compare(intent, credential)
+    async def _consume_code(
+        self, intent: Intent, credential: _CodeCredential, run: Run | None
+    ) -> pb.ConsumeTokenResponse:
+        judged = await self._compare(intent, credential, run)
         if judged.earlier_answer is not None:
             return pb.ConsumeTokenResponse.FromString(judged.earlier_answer)
         return await self._settle_right(_Right(intent, judged, spend=True))
@@ -445,40 +451,40 @@ class OneTimeTokens(pb_grpc.OneTimeTokenServiceServicer):
             raise TokenExpired
         return pb.ConsumeTokenResponse(token=self._token(row, row["failed_attempts"]))
 
-    async def _compare(self, intent: Intent, credential: _CodeCredential) -> _Judged:
+    async def _compare(self, intent: Intent, credential: _CodeCredential, run: Run | None) -> _Judged:
         """Charge an attempt, commit it, and compare the code. Return only if it is right; its charge is not back yet.
+
+        The turn to hash is there already. To be refused one after the charge would cost the user an attempt; and what
+        is charged is compared at once, so that those who still wait lose nothing if the server dies.
 
         Raises:
             CredentialError: As the proto says.
             Overloaded: Nothing was compared, and nothing is charged.
         """
         guess = _Guess(intent, credential.token_type, credential.user_id, credential.relates_to)
-        # The turn comes first. To be refused one after the charge would cost the user an attempt; and what is charged
-        # is compared at once, so that those who still wait lose nothing if the server dies.
-        async with self._hashing.turn() if self._hasher.slow else nullcontext() as run:
-            try:
-                judged = await self._charges.run(guess)
-            except TokenNotFound:
-                if run is not None:
-                    await run(self._hasher.pretend)
-                if intent.request_id:
-                    # Spend the time that a wrong code takes, up to the commit of its answer.
-                    await self._database.commit(CHARGE_NOBODY)
-                raise
-            if judged.earlier_answer is not None:
-                return judged
-            row = judged.row
-            subject = CodeSubject(row["id"], row["token_type"], row["user_id"], row["relates_to"])
-            match = partial(self._hasher.matches, credential.code, row["token_hash"], subject)
-            try:
-                right = await self._run(match, run) if is_slow(row["token_hash"]) else match()
-            except Exception as error:
-                # There is no verdict, so there was no guess.
-                await self._undo(intent, judged)
-                if isinstance(error, KeyError):
-                    # The token's key has been retired.
-                    raise TokenNotFound from error
-                raise
+        try:
+            judged = await self._charges.run(guess)
+        except TokenNotFound:
+            if run is not None:
+                await run(self._hasher.pretend)
+            if intent.request_id:
+                # Spend the time that a wrong code takes, up to the commit of its answer.
+                await self._database.commit(CHARGE_NOBODY)
+            raise
+        if judged.earlier_answer is not None:
+            return judged
+        row = judged.row
+        subject = CodeSubject(row["id"], row["token_type"], row["user_id"], row["relates_to"])
+        match = partial(self._hasher.matches, credential.code, row["token_hash"], subject)
+        try:
+            right = await self._run(match, run) if is_slow(row["token_hash"]) else match()
+        except Exception as error:
+            # There is no verdict, so there was no guess.
+            await self._undo(intent, judged)
+            if isinstance(error, KeyError):
+                # The token's key has been retired.
+                raise TokenNotFound from error
+            raise
         if right:
             return judged
         mismatch = CodeMismatch(max(self._settings.max_attempts - row["failed_attempts"] - 1, 0))

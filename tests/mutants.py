@@ -392,14 +392,57 @@ MUTANTS: Final = (
         ("tests/test_sets.py::test_wrong_codes_for_one_user_in_one_set",),
     ),
     Mutant(
+        "guesses-wait-before-the-queue",
+        "Guesses at one user wait for each other before they have a place in the queue, until it is too late.",
+        "one_time_tokens.py",
+        (
+            (
+                "            run = await stack.enter_async_context(self._hashing.turn(behind=lock)",
+                """\
+            await stack.enter_async_context(lock)
+            run = await stack.enter_async_context(self._hashing.turn()""",
+            ),
+        ),
+        ("tests/test_overload.py::test_guesses_at_one_user_beyond_the_queue_are_refused_at_once",),
+    ),
+    Mutant(
+        "guesses-charged-for-who-has-gone",
+        "A guess that waits to be hashed is charged and compared when its turn comes, although its caller has hung up.",
+        "one_time_tokens.py",
+        (
+            (
+                "        async with AsyncExitStack() as stack:\n",
+                """\
+        async def turn_and_guess() -> T:
+            async with self._hashing.turn(behind=lock) if self._hasher.slow else lock as run:
+                return await work(run)
+
+        return await self._database.protect(turn_and_guess())
+        async with AsyncExitStack() as stack:
+""",
+            ),
+        ),
+        ("tests/test_overload.py::test_who_hangs_up_before_a_turn_has_guessed_nothing",),
+    ),
+    Mutant(
+        "turn-over-before-it-is-settled",
+        "A turn is over when its code is hashed, so that more are charged than there are turns.",
+        "hashing.py",
+        (
+            ("            return result\n", "            self._end_turn(caller)\n            return result\n"),
+            (
+                "                    self._end_turn(caller)\n        finally:\n",
+                "                    if not jobs:\n                        self._end_turn(caller)\n        finally:\n",
+            ),
+        ),
+        ("tests/test_overload.py::test_turns_are_given_several_at_a_time",),
+    ),
+    Mutant(
         "guesses-at-one-user-take-all-turns",
         "While somebody holds a user's rows, guesses at that user's code hold the turns to hash, and nobody else's code"
         " is compared.",
         "one_time_tokens.py",
-        (
-            ("        await lock.acquire()\n", "        del lock\n"),
-            ("                lock.release()\n", "                pass\n"),
-        ),
+        (("self._hashing.turn(behind=lock)", "self._hashing.turn()"),),
         ("tests/test_overload.py::test_guesses_at_a_locked_user_take_no_turns_from_others",),
     ),
     Mutant(
@@ -1111,7 +1154,7 @@ MUTANTS: Final = (
         "all-that-wait-charged-ahead",
         "Codes that wait to be compared are charged already, so that a server that dies costs each of them an attempt.",
         "hashing.py",
-        (("< 2 * self._batch:", "< 10**6:"),),
+        (("self._turns.total() < self._most:", "self._turns.total() < 10**6:"),),
         ("tests/test_overload.py::test_codes_that_wait_are_not_charged",),
     ),
     Mutant(

@@ -23,7 +23,7 @@ from service.app import SERVER_OPTIONS
 from service.call import Call, ServedCall, current_call
 from service.crypto import api_key_hash, new_api_key
 from service.errors import Overloaded
-from service.hashing import BATCH, Hashing
+from service.hashing import LEFT, TURNS, Hashing
 from service.places import Places
 
 T = TypeVar("T")
@@ -168,8 +168,10 @@ async def test_callers_take_turns(make_hashing: Callable[..., Hashing]) -> None:
 async def test_codes_that_wait_together_are_told_of_together(
     make_hashing: Callable[..., Hashing], threads: int
 ) -> None:
-    """Threads go on with what is ready, and wake the event loop for a batch of all of them; but never hold the last."""
-    hashing, gate, batch = make_hashing(threads=threads, queue=98), Gate(), BATCH * threads
+    """Threads go on with what is ready, and wake the event loop when little is left; but never hold the last."""
+    hashing, gate = make_hashing(threads=threads, queue=98), Gate()
+    # One more than are done by then for each thread: it takes the next one when it has told.
+    batch = (TURNS - 1 - LEFT) * threads + 1
     tasks = [start(hashing, "one", gate.work("")) for _ in range(3 * batch + 1)]
 
     def told() -> int:
@@ -184,7 +186,8 @@ async def test_codes_that_wait_together_are_told_of_together(
     assert told() == 0
     gate.let(1)
     await until(lambda: told() == batch)
-    # Twice as many have a turn now: the first half of them does not wait for the other.
+    # As many have a turn now as before, and are ready.
+    await asyncio.sleep(0.1)
     gate.let(batch)
     await until(lambda: told() == 2 * batch)
     gate.let(batch + 1)
@@ -192,23 +195,24 @@ async def test_codes_that_wait_together_are_told_of_together(
 
 
 async def test_turns_are_given_several_at_a_time(make_hashing: Callable[..., Hashing]) -> None:
-    """Not to all who wait, so that few are charged ahead; and not one by one, so that their charges go together."""
+    """Not to all who wait, so that few are charged and not settled; and not one by one, so that charges go together."""
     hashing, gate = make_hashing(threads=2, queue=98), Gate()
     given, ahead, over = [], [], 0
 
-    async def charge() -> None:
+    async def charge_and_settle() -> None:
         nonlocal over
         async with hashing.turn() as run:
             given.append(over)
             ahead.append(len(given) - over)
             await run(gate.work(""))
+            await asyncio.sleep(0.01)
             over += 1
 
-    calls = [as_caller("one", lambda: asyncio.create_task(charge())) for _ in range(60)]
+    calls = [as_caller("one", lambda: asyncio.create_task(charge_and_settle())) for _ in range(60)]
     gate.let(60)
     await asyncio.gather(*calls)
-    assert max(ahead) == 2 * BATCH * 2
-    assert len(set(given)) <= 15
+    assert max(ahead) == 2 * TURNS
+    assert len(set(given)) <= 6
 
 
 async def test_callers_share_the_places(make_hashing: Callable[..., Hashing]) -> None:
@@ -628,6 +632,39 @@ async def test_codes_beyond_the_queue_are_refused_at_once(serve: Serve, migrated
         assert (await client.consume(issued[ends.index("OVERLOADED")])).id == issued[ends.index("OVERLOADED")].token.id
 
 
+async def test_guesses_at_one_user_beyond_the_queue_are_refused_at_once(serve: Serve, migrated_url: str) -> None:
+    """They wait for each other in the queue, and not before it, where they would wait until it is too late."""
+    slow = {"argon2_memory_kib": 19456, "argon2_time_cost": 10, "unsafe_cheap_argon2": None}
+    async with serve(migrated_url, argon2_threads=1, argon2_queue=4, **slow) as server, server.channel() as channel:
+        client = Client(channel)
+        issued = await client.issue(digits=6)
+        calls = [asyncio.ensure_future(ended(client.check(issued))) for _ in range(7)]
+        await until(lambda: sum(call.done() for call in calls) >= 3)
+        assert {call.result() for call in calls if call.done()} == {"OVERLOADED"}
+        assert Counter(await asyncio.gather(*calls)) == {"OK": 4, "OVERLOADED": 3}
+
+
+async def test_who_hangs_up_before_a_turn_has_guessed_nothing(serve: Serve, migrated_url: str) -> None:
+    """Of many guesses that wait to be hashed, and whose callers hang up, only those are charged whose turn it was."""
+    slow = {"argon2_memory_kib": 19456, "argon2_time_cost": 5, "unsafe_cheap_argon2": None}
+    async with serve(migrated_url, argon2_threads=1, call_timeout="60s", **slow) as server, server.channel() as channel:
+        client = Client(channel)
+        *issued, last = [await client.issue(digits=6) for _ in range(31)]
+        guesses = [asyncio.create_task(ended(client.consume(each, wrong(each.secret)))) for each in issued]
+        with connected(migrated_url) as database:
+
+            def charged() -> int:
+                states = database.execute("select failed_attempts from onetime.one_time_token_states").fetchall()
+                return sum(state["failed_attempts"] for state in states)
+
+            await until(lambda: charged() > 0)
+            for guess in guesses:
+                guess.cancel()
+            # It is behind all of them.
+            await client.consume(last)
+            assert 0 < charged() <= TURNS
+
+
 async def test_guesses_at_a_locked_user_take_no_turns_from_others(serve: Serve, migrated_url: str) -> None:
     """Many guesses at one user's code wait for its rows, one after the other; meanwhile other users' are compared."""
     async with serve(migrated_url) as server, server.channel() as channel:
@@ -640,11 +677,12 @@ async def test_guesses_at_a_locked_user_take_no_turns_from_others(serve: Serve, 
         ):
             locked = "select from onetime.budgets where user_id = %s for update"
             assert holder.execute(locked, [hot.token.user_id]).rowcount == 1
-            guesses = [asyncio.create_task(ended(client.consume(hot, wrong(hot.secret)))) for _ in range(100)]
+            guesses = [asyncio.create_task(ended(client.consume(hot, wrong(hot.secret)))) for _ in range(40)]
             waiting = "select from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'"
             await until(lambda: observer.execute(waiting).rowcount > 0)
             await asyncio.gather(*map(client.consume, others))
-            assert not all(guess.done() for guess in guesses)
+            # Each of them waits for two seconds. With turns of their own many would have, before one of the others.
+            assert sum(guess.done() for guess in guesses) < 10
         assert {"OK", "OVERLOADED"}.isdisjoint(await asyncio.gather(*guesses))
 
 
