@@ -27,7 +27,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
-from typing import Any, Final, Never
+from typing import Any, Final, Never, TypeVar
 
 import bench_report
 import bench_rows
@@ -80,6 +80,8 @@ PGBENCH: Final = "pgbench"
 
 Result = dict[str, Any]
 """What is written down, as JSON has it."""
+
+T = TypeVar("T")
 
 
 class BenchError(Exception):
@@ -494,7 +496,7 @@ class Bench:
             return result
 
 
-def turned(items: Sequence[str], by: int) -> list[str]:
+def turned(items: Sequence[T], by: int) -> list[T]:
     """Return items in another order each time, so that none always comes first."""
     by %= len(items)
     return [*items[by:], *items[:by]]
@@ -557,31 +559,26 @@ def measure_codes(bench: Bench) -> Result:
     """ConsumeToken and CheckToken with codes, beside Argon2 on its own."""
     plan = bench.plan
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    callers, kept = 16, 100  # the queue is bounded: of many more, some would be refused
+    levels, kept = (16, 48), 100  # the queue is bounded: of many more, some would be refused
     cells: list[Result] = []
     path = plan.folder / "codes"
     bench.prepare(bench.url)
+    command: list[str | Path] = [sys.executable, TESTS / "bench_server.py", "argon2", str(threads), str(plan.seconds)]
     with server(plan, bench.url, argon2_threads=threads) as one:
         for turn in range(plan.rounds):
-            bench.tell(f"round {turn + 1}: Argon2 alone")
-            command: list[str | Path] = [
-                sys.executable,
-                TESTS / "bench_server.py",
-                "argon2",
-                str(threads),
-                str(plan.seconds),
-            ]
-            bare: Result = json.loads(output_of(command, clean_environment()))
-            cells.append({"round": turn, "what": "argon2", **bare})
             for what, name in (("ConsumeToken", "consume-code"), ("CheckToken", "check-code")):
-                wanted = kept if what == "CheckToken" else int(1.3 * bare["throughput"] * (plan.seconds + plan.warmup))
-                bench.tell(f"round {turn + 1}: {what}")
-                count = str(wanted + 2 * callers)
-                load(one, "prepare-codes", callers, plan, "-count", count, "-output", path)
-                told = load(one, name, callers, plan, "-input", path)
-                cells.append({"round": turn, "what": what, **figures(told)})
+                bench.tell(f"round {turn + 1}: Argon2 alone")
+                bare: Result = json.loads(output_of(command, clean_environment()))
+                cells.append({"round": turn, "what": "argon2", "beside": what, **bare})
+                spent = int(1.3 * bare["throughput"] * (plan.seconds + plan.warmup))
+                for callers in turned(levels, turn):
+                    bench.tell(f"round {turn + 1}: {what}, {callers} callers")
+                    count = str((kept if what == "CheckToken" else spent) + 2 * callers)
+                    load(one, "prepare-codes", callers, plan, "-count", count, "-output", path)
+                    told = load(one, name, callers, plan, "-input", path)
+                    cells.append({"round": turn, "what": what, "callers": callers, **figures(told)})
     path.unlink()
-    return {"cells": cells, "threads": threads, "callers": callers}
+    return {"cells": cells, "threads": threads, "callers": levels}
 
 
 def measure_growth(bench: Bench) -> Result:
@@ -707,7 +704,7 @@ def steps(section: str, plan: Plan) -> int:
     return {
         "calls": plan.rounds * len(plan.rpcs) * len(plan.callers) * (4 if find_pgbench() else 3),
         "overload": plan.rounds * 4,
-        "codes": plan.rounds * 3,
+        "codes": plan.rounds * 6,
         "growth": plan.rounds * len(plan.chosen(GROWING)) * 2 + 3 + math.ceil(plan.rows / bench_rows.BATCH),
         # A guess at how many runs it takes to make so many calls.
         "process": plan.starts + 2 * max(1, round(plan.calls / 2000 / (plan.seconds + plan.warmup))),

@@ -329,17 +329,18 @@ def about_codes(result: Cell, _: Path) -> str:
     cells = result["cells"]
     rows = []
     for what in ("ConsumeToken", "CheckToken"):
-        ratio = ratios(cells, {"what": what}, {"what": "argon2"}, "throughput")
-        mine = matching(cells, what=what)
-        times = (number(spread(mine, name).median) for name in ("p50", "p99"))
-        rows.append([what, str(spread(mine, "throughput")), shown(ratio), *times])
-    rows.append(["Argon2 alone", str(spread(cells, "throughput", what="argon2")), "1", "-", "-"])
-    header = ["", "a second", "of Argon2 alone", "p50 ms", "p99 ms"]
+        for callers in result["callers"]:
+            of, to = {"what": what, "callers": callers}, {"what": "argon2", "beside": what}
+            mine = matching(cells, **of)
+            times = (number(spread(mine, name).median) for name in ("p50", "p99"))
+            ratio = shown(ratios(cells, of, to, "throughput"))
+            rows.append([what, str(callers), str(spread(mine, "throughput")), ratio, *times])
+    rows.append(["Argon2 alone", "-", str(spread(cells, "throughput", what="argon2")), "1", "-", "-"])
+    header = ["", "callers", "a second", "of Argon2 alone", "p50 ms", "p99 ms"]
     return f"""## Codes
 
-Right codes under Argon2id with the default parameters, in {result["threads"]} threads, by {result["callers"]}
-callers. Beside it, in turns, argon2-cffi alone: as many threads that check one hash again and again, while nothing
-else runs.
+Right codes under Argon2id with the default parameters, in {result["threads"]} threads. Beside it, in turns, argon2-cffi
+alone: as many threads that check one hash again and again, while nothing else runs.
 
 {table(header, rows)}
 

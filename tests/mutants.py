@@ -347,7 +347,7 @@ MUTANTS: Final = (
         "nobodys-code-not-hashed",
         "A code of nobody is refused without the work of a wrong one, so that time tells who has a code.",
         "one_time_tokens.py",
-        (("                    await run(self._hasher.pretend)\n", "                    pass\n"),),
+        (("                await run(self._hasher.pretend)\n", "                pass\n"),),
         ("tests/test_matrix.py::test_unknown_and_wrong_do_the_same_work",),
     ),
     # Sends
