@@ -17,6 +17,7 @@ import re
 import shutil
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -560,24 +561,40 @@ def measure_codes(bench: Bench) -> Result:
     plan = bench.plan
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     levels, kept = (16, 48), 100  # the queue is bounded: of many more, some would be refused
+    kinds = [
+        (*each, callers)
+        for each in (("ConsumeToken", "consume-code"), ("CheckToken", "check-code"))
+        for callers in levels
+    ]
     cells: list[Result] = []
-    path = plan.folder / "codes"
-    bench.prepare(bench.url)
     command: list[str | Path] = [sys.executable, TESTS / "bench_server.py", "argon2", str(threads), str(plan.seconds)]
+
+    def alone(turn: int) -> float:
+        bench.tell(f"round {turn + 1}: Argon2 alone")
+        told: Result = json.loads(output_of(command, clean_environment()))
+        return float(told["throughput"])
+
+    bench.prepare(bench.url)
     with server(plan, bench.url, argon2_threads=threads) as one:
+        before = alone(0)
         for turn in range(plan.rounds):
-            for what, name in (("ConsumeToken", "consume-code"), ("CheckToken", "check-code")):
-                bench.tell(f"round {turn + 1}: Argon2 alone")
-                bare: Result = json.loads(output_of(command, clean_environment()))
-                cells.append({"round": turn, "what": "argon2", "beside": what, **bare})
-                spent = int(1.3 * bare["throughput"] * (plan.seconds + plan.warmup))
-                for callers in turned(levels, turn):
-                    bench.tell(f"round {turn + 1}: {what}, {callers} callers")
-                    count = str((kept if what == "CheckToken" else spent) + 2 * callers)
-                    load(one, "prepare-codes", callers, plan, "-count", count, "-output", path)
-                    told = load(one, name, callers, plan, "-input", path)
-                    cells.append({"round": turn, "what": what, "callers": callers, **figures(told)})
-    path.unlink()
+            spent = int(1.3 * before * (plan.seconds + plan.warmup))
+            # All of them first: so nothing comes between what is measured and what it is compared with.
+            for what, name, callers in kinds:
+                bench.tell(f"round {turn + 1}: codes for {what}, {callers} callers")
+                count = (kept if what == "CheckToken" else spent) + 2 * callers
+                path = plan.folder / f"{name}-{callers}"
+                load(one, "prepare-codes", callers, plan, "-count", str(count), "-output", path)
+            before = alone(turn)
+            for what, name, callers in turned(kinds, turn):
+                bench.tell(f"round {turn + 1}: {what}, {callers} callers")
+                result = figures(load(one, name, callers, plan, "-input", plan.folder / f"{name}-{callers}"))
+                after = alone(turn)
+                share = result["throughput"] / statistics.mean((before, after))
+                cells.append(
+                    {"round": turn, "what": what, "callers": callers, **result, "alone": after, "share": share}
+                )
+                before = after
     return {"cells": cells, "threads": threads, "callers": levels}
 
 
@@ -704,7 +721,7 @@ def steps(section: str, plan: Plan) -> int:
     return {
         "calls": plan.rounds * len(plan.rpcs) * len(plan.callers) * (4 if find_pgbench() else 3),
         "overload": plan.rounds * 4,
-        "codes": plan.rounds * 6,
+        "codes": plan.rounds * 13 + 1,
         "growth": plan.rounds * len(plan.chosen(GROWING)) * 2 + 3 + math.ceil(plan.rows / bench_rows.BATCH),
         # A guess at how many runs it takes to make so many calls.
         "process": plan.starts + 2 * max(1, round(plan.calls / 2000 / (plan.seconds + plan.warmup))),

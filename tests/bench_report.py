@@ -330,17 +330,17 @@ def about_codes(result: Cell, _: Path) -> str:
     rows = []
     for what in ("ConsumeToken", "CheckToken"):
         for callers in result["callers"]:
-            of, to = {"what": what, "callers": callers}, {"what": "argon2", "beside": what}
-            mine = matching(cells, **of)
+            mine = matching(cells, what=what, callers=callers)
+            figures = (str(spread(mine, name)) for name in ("throughput", "share"))
             times = (number(spread(mine, name).median) for name in ("p50", "p99"))
-            ratio = shown(ratios(cells, of, to, "throughput"))
-            rows.append([what, str(callers), str(spread(mine, "throughput")), ratio, *times])
-    rows.append(["Argon2 alone", "-", str(spread(cells, "throughput", what="argon2")), "1", "-", "-"])
+            rows.append([what, str(callers), *figures, *times])
+    rows.append(["Argon2 alone", "-", str(spread(cells, "alone")), "1", "-", "-"])
     header = ["", "callers", "a second", "of Argon2 alone", "p50 ms", "p99 ms"]
     return f"""## Codes
 
-Right codes under Argon2id with the default parameters, in {result["threads"]} threads. Beside it, in turns, argon2-cffi
-alone: as many threads that check one hash again and again, while nothing else runs.
+Right codes under Argon2id with the default parameters, in {result["threads"]} threads. Before and after
+each, argon2-cffi alone: as many threads that check one hash again and again, while nothing else runs. The ratio is to
+the mean of both.
 
 {table(header, rows)}
 
