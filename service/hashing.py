@@ -29,7 +29,8 @@ from service.sets import Outcome, each
 T = TypeVar("T")
 
 TURNS: Final = 12
-"""Turns for each thread. So many codes are charged at most: if the server dies, each has cost its user an attempt."""
+"""Turns for each thread, and one for each caller who would have none. So many codes at most are charged and not yet
+settled: if the server dies, each has cost its user an attempt."""
 
 LEFT: Final = 2
 """Codes for each thread that wait for it when those before are told of. They are hashed while these are settled, and
@@ -159,23 +160,24 @@ class Hashing:
     def _give_turns(self) -> None:
         """Give a turn to each caller who has none; and to all others, or to many at a time, of callers in turn."""
         self._giving = False
+        there = {caller: [turn for turn in turns if not turn.cancelled()] for caller, turns in self._waiting.items()}
+        self._waiting = {caller: deque(turns) for caller, turns in there.items() if turns}
         for caller in [caller for caller in self._waiting if not self._turns[caller]]:
             self._give_turn(caller)
-        given = self._turns.total()
-        if given <= self._most // 2 or given + sum(map(len, self._waiting.values())) <= self._most:
+        given, waiting = self._turns.total(), sum(map(len, self._waiting.values()))
+        # An idle thread has turns given too: those that there are may all wait for rows that somebody else has locked.
+        if self._idle or given <= self._most // 2 or given + waiting <= self._most:
             while self._waiting and self._turns.total() < self._most:
                 self._give_turn(next(iter(self._waiting)))
 
     def _give_turn(self, caller: str) -> None:
-        """Give a caller's next call a turn, if it is still there."""
+        """Give a caller's next call a turn."""
         turns = self._waiting.pop(caller)
-        turn = turns.popleft()
+        turns.popleft().set_result(None)
         if turns:
             # Last in line for the next one.
             self._waiting[caller] = turns
-        if not turn.cancelled():
-            self._turns[caller] += 1
-            turn.set_result(None)
+        self._turns[caller] += 1
 
     def _add(self, job: _Job) -> None:
         """Have a job done by a thread that is idle, or by the next one that is."""
@@ -211,10 +213,11 @@ class Hashing:
         return job
 
     def _is_to_be_told(self) -> bool:
-        """Tell whether little is left to do, or nothing of a caller's: its last job waits for nobody else's."""
+        """Tell whether little is left to do or much is done, or a caller's last job, which waits for nobody else's."""
         if any(job.caller not in self._ready for job, _ in self._done):
             return True
-        return len(self._done) >= self._left >= sum(map(len, self._ready.values()))
+        little = sum(map(len, self._ready.values())) <= self._left
+        return len(self._done) >= (self._left if little else self._most - self._left)
 
     def _work(self, loop: asyncio.AbstractEventLoop) -> None:
         """Do what is ready, in a thread, until nothing is, and tell the event loop what has come of it."""

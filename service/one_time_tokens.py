@@ -454,8 +454,9 @@ class OneTimeTokens(pb_grpc.OneTimeTokenServiceServicer):
     async def _compare(self, intent: Intent, credential: _CodeCredential, run: Run | None) -> _Judged:
         """Charge an attempt, commit it, and compare the code. Return only if it is right; its charge is not back yet.
 
-        The turn to hash is there already. To be refused one after the charge would cost the user an attempt; and what
-        is charged is compared at once, so that those who still wait lose nothing if the server dies.
+        Where codes are slow, the turn to hash is there already. To be refused one after the charge would cost the user
+        an attempt; and what is charged is compared at once, so that those who still wait lose nothing if the server
+        dies.
 
         Raises:
             CredentialError: As the proto says.

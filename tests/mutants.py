@@ -425,6 +425,20 @@ MUTANTS: Final = (
         ("tests/test_overload.py::test_who_hangs_up_before_a_turn_has_guessed_nothing",),
     ),
     Mutant(
+        "turns-held-back-from-idle-threads",
+        "While guesses wait for rows that somebody else has locked, no other code is compared by idle threads.",
+        "hashing.py",
+        (("if self._idle or given <=", "if given <="),),
+        ("tests/test_overload.py::test_guesses_at_many_locked_users_keep_no_thread_idle",),
+    ),
+    Mutant(
+        "told-when-little-is-left-only",
+        "A verdict is told when little is left to hash, and never if work goes on arriving.",
+        "hashing.py",
+        (("if little else self._most - self._left)", "if little else 10**6)"),),
+        ("tests/test_overload.py::test_work_that_goes_on_arriving_is_told_of",),
+    ),
+    Mutant(
         "turn-over-before-it-is-settled",
         "A turn is over when its code is hashed, so that more are charged than there are turns.",
         "hashing.py",

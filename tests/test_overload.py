@@ -194,6 +194,23 @@ async def test_codes_that_wait_together_are_told_of_together(
     await asyncio.gather(*tasks)
 
 
+async def test_work_that_goes_on_arriving_is_told_of(make_hashing: Callable[..., Hashing]) -> None:
+    """What is done is told of though much is left: calls that hang up as they are hashed make room for new ones."""
+    hashing, gate = make_hashing(threads=1, queue=98), Gate()
+    first = start(hashing, "one", gate.work("first"))
+    gone = [start(hashing, "one", gate.work("")) for _ in range(3 * TURNS)]
+    for number in range(TURNS):
+        await until(lambda: metrics.REGISTRY.get_sample_value("onetime_argon2_busy") == 1)
+        gate.let(1)
+        await until(lambda wanted=number + 1: len(gate.done) == wanted)  # type: ignore[misc]
+        await asyncio.sleep(0.01)
+        # The next one has begun.
+        gone[number].cancel()
+    await asyncio.wait_for(first, 10)
+    gate.let(len(gone))
+    await asyncio.gather(*gone, return_exceptions=True)
+
+
 async def test_turns_are_given_several_at_a_time(make_hashing: Callable[..., Hashing]) -> None:
     """Not to all who wait, so that few are charged and not settled; and not one by one, so that charges go together."""
     hashing, gate = make_hashing(threads=2, queue=98), Gate()
@@ -684,6 +701,27 @@ async def test_guesses_at_a_locked_user_take_no_turns_from_others(serve: Serve, 
             # Each of them waits for two seconds. With turns of their own many would have, before one of the others.
             assert sum(guess.done() for guess in guesses) < 10
         assert {"OK", "OVERLOADED"}.isdisjoint(await asyncio.gather(*guesses))
+
+
+async def test_guesses_at_many_locked_users_keep_no_thread_idle(serve: Serve, migrated_url: str) -> None:
+    """More than half of the turns wait for rows that somebody else has locked; the other ones go on being given."""
+    async with serve(migrated_url, argon2_threads=1, pool_size=20) as server, server.channel() as channel:
+        client = Client(channel)
+        tokens = [await client.issue(digits=6) for _ in range(TURNS + 8)]
+        stuck, others = tokens[: TURNS - 2], tokens[TURNS - 2 :]
+        with (
+            connected(migrated_url) as observer,
+            connected(migrated_url) as holder,
+            holder.transaction(force_rollback=True),
+        ):
+            locked = "select from onetime.budgets where user_id = any (%s) for update"
+            assert holder.execute(locked, [[each.token.user_id for each in stuck]]).rowcount == len(stuck)
+            guesses = [asyncio.create_task(ended(client.consume(each))) for each in stuck]
+            waiting = "select from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'"
+            await until(lambda: observer.execute(waiting).rowcount == len(stuck))
+            await asyncio.gather(*map(client.consume, others))
+            assert not any(guess.done() for guess in guesses)
+        await asyncio.gather(*guesses)
 
 
 async def test_who_hangs_up_behind_another_guess_has_guessed_nothing(serve: Serve, migrated_url: str) -> None:
