@@ -199,15 +199,23 @@ async def test_work_that_goes_on_arriving_is_told_of(make_hashing: Callable[...,
     hashing, gate = make_hashing(threads=1, queue=98), Gate()
     first = start(hashing, "one", gate.work("first"))
     gone = [start(hashing, "one", gate.work("")) for _ in range(3 * TURNS)]
-    for number in range(TURNS):
-        await until(lambda: metrics.REGISTRY.get_sample_value("onetime_argon2_busy") == 1)
+
+    async def hash_one() -> None:
+        before = len(gate.done)
         gate.let(1)
-        await until(lambda wanted=number + 1: len(gate.done) == wanted)  # type: ignore[misc]
+        await until(lambda: len(gate.done) > before)
+
+    # The first is not alone: others stand behind it.
+    await until(lambda: metrics.REGISTRY.get_sample_value("onetime_argon2_busy") == 1)
+    for each in gone[:TURNS]:
+        await hash_one()
+        # By then the next one has begun.
         await asyncio.sleep(0.01)
-        # The next one has begun.
-        gone[number].cancel()
-    await asyncio.wait_for(first, 10)
-    gate.let(len(gone))
+        each.cancel()
+    try:
+        await asyncio.wait_for(first, 10)
+    finally:
+        gate.let(len(gone))
     await asyncio.gather(*gone, return_exceptions=True)
 
 
@@ -682,21 +690,24 @@ async def test_who_hangs_up_before_a_turn_has_guessed_nothing(serve: Serve, migr
             assert 0 < charged() <= TURNS
 
 
+@contextlib.contextmanager
+def budgets_locked(url: str, *tokens: ott.IssueTokenResponse) -> Iterator[Callable[[], int]]:
+    """Hold the budgets of tokens' users, and give what tells how many statements wait for a lock."""
+    with connected(url) as observer, connected(url) as holder, holder.transaction(force_rollback=True):
+        locked = "select from onetime.budgets where user_id = any (%s) for update"
+        assert holder.execute(locked, [[each.token.user_id for each in tokens]]).rowcount == len(tokens)
+        waiting = "select from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'"
+        yield lambda: observer.execute(waiting).rowcount
+
+
 async def test_guesses_at_a_locked_user_take_no_turns_from_others(serve: Serve, migrated_url: str) -> None:
     """Many guesses at one user's code wait for its rows, one after the other; meanwhile other users' are compared."""
     async with serve(migrated_url) as server, server.channel() as channel:
         client = Client(channel)
         hot, *others = [await client.issue(digits=6) for _ in range(9)]
-        with (
-            connected(migrated_url) as observer,
-            connected(migrated_url) as holder,
-            holder.transaction(force_rollback=True),
-        ):
-            locked = "select from onetime.budgets where user_id = %s for update"
-            assert holder.execute(locked, [hot.token.user_id]).rowcount == 1
+        with budgets_locked(migrated_url, hot) as waited_for:
             guesses = [asyncio.create_task(ended(client.consume(hot, wrong(hot.secret)))) for _ in range(40)]
-            waiting = "select from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'"
-            await until(lambda: observer.execute(waiting).rowcount > 0)
+            await until(lambda: waited_for() > 0)
             await asyncio.gather(*map(client.consume, others))
             # Each of them waits for two seconds. With turns of their own many would have, before one of the others.
             assert sum(guess.done() for guess in guesses) < 10
@@ -709,16 +720,9 @@ async def test_guesses_at_many_locked_users_keep_no_thread_idle(serve: Serve, mi
         client = Client(channel)
         tokens = [await client.issue(digits=6) for _ in range(TURNS + 8)]
         stuck, others = tokens[: TURNS - 2], tokens[TURNS - 2 :]
-        with (
-            connected(migrated_url) as observer,
-            connected(migrated_url) as holder,
-            holder.transaction(force_rollback=True),
-        ):
-            locked = "select from onetime.budgets where user_id = any (%s) for update"
-            assert holder.execute(locked, [[each.token.user_id for each in stuck]]).rowcount == len(stuck)
+        with budgets_locked(migrated_url, *stuck) as waited_for:
             guesses = [asyncio.create_task(ended(client.consume(each))) for each in stuck]
-            waiting = "select from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'"
-            await until(lambda: observer.execute(waiting).rowcount == len(stuck))
+            await until(lambda: waited_for() == len(stuck))
             await asyncio.gather(*map(client.consume, others))
             assert not any(guess.done() for guess in guesses)
         await asyncio.gather(*guesses)
@@ -729,16 +733,9 @@ async def test_who_hangs_up_behind_another_guess_has_guessed_nothing(serve: Serv
     async with serve(migrated_url, call_timeout="60s") as server, server.channel() as channel:
         client = Client(channel)
         issued = await client.issue(digits=6)
-        with (
-            connected(migrated_url) as observer,
-            connected(migrated_url) as holder,
-            holder.transaction(force_rollback=True),
-        ):
-            locked = "select from onetime.budgets where user_id = %s for update"
-            assert holder.execute(locked, [issued.token.user_id]).rowcount == 1
+        with budgets_locked(migrated_url, issued) as waited_for:
             guesses = [asyncio.create_task(ended(client.consume(issued, wrong(issued.secret)))) for _ in range(20)]
-            waiting = "select from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'"
-            await until(lambda: observer.execute(waiting).rowcount > 0)
+            await until(lambda: waited_for() > 0)
             for guess in guesses:
                 guess.cancel()
             await client.issue()  # by then the server has heard of it
@@ -774,8 +771,8 @@ async def test_another_caller_is_served_while_one_wants_all(serve: Serve, migrat
 
         async with channel("greedy") as one, channel("other") as two:
             greedy, other = Client(one), Client(two)
-            issued, mine = [await greedy.issue(digits=6) for _ in range(25)], await other.issue(digits=6)
-            calls = [asyncio.ensure_future(ended(greedy.consume(each))) for each in issued]
+            issued, mine = [await greedy.issue(digits=6) for _ in range(3)], await other.issue(digits=6)
+            calls = [asyncio.ensure_future(ended(greedy.consume(each))) for each in issued * 10]
             await until(lambda: sum(call.done() for call in calls) >= 15)
             await other.consume(mine)
             assert not all(call.done() for call in calls)
